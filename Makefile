@@ -1,0 +1,46 @@
+# `make help` lists the targets. Any of them works first in a fresh clone: the environment is built on demand.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## build .venv/ with the package (editable) and the development tools
+
+demo: $(STAMP)  ## solve a fresh map with the bundled model
+	@$(BIN)/mirage demo
+
+test: $(STAMP)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)  ## run the slow tests
+	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \
+		[ $$status -eq 5 ] || exit $$status; echo "No slow tests yet."; }
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv/, builds and caches (the bundled model and your runs stay)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	find src tests \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed; name one: make setup PYTHON=python3.12")'
+	@echo "Building $(VENV)/ (a few minutes the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,163 @@
+"""`mirage data`: check data files, make data for a task, convert between formats."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mirage_vlm.errors import MirageError
+
+if TYPE_CHECKING:
+    from mirage_vlm.trajectory import Trajectory
+
+app = typer.Typer(name="data", help="Check, make and convert data.", no_args_is_help=True)
+
+
+class Style(StrEnum):
+    """How the made responses are written."""
+
+    DIRECT = "direct"
+    COT = "cot"
+    MIXED = "mixed"
+
+
+class Target(StrEnum):
+    """What `convert` writes."""
+
+    CHAT = "chat"
+    REFERENCE = "reference"
+    DATASET = "dataset"
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A JSONL file, or a folder written by save_to_disk.")],
+    files: Annotated[bool, typer.Option(help="Also open and decode every picture.")] = True,
+) -> None:
+    """Name the line and field of every fault of a data file; exit status 2 if there are any."""
+    from mirage_vlm.formats import scan
+    from mirage_vlm.trajectory import Image
+
+    examples = spans = pictures = found = 0
+    for example in scan(path, check_files=files, plain=_read_plain):
+        examples += 1
+        found += len(example.faults)
+        for fault in example.faults:
+            typer.echo(f"{example.where}: {fault}")
+        if example.trajectory is not None:
+            segments = [part for message in example.trajectory.messages for part in message.segments]
+            spans += len(example.trajectory.spans)
+            pictures += sum(isinstance(segment, Image) for segment in segments)
+    if not examples:
+        raise MirageError(f"{path}: holds no examples")
+    if found:
+        typer.echo(f"{_count(examples, 'example')}: {_count(found, 'fault')}")
+        raise typer.Exit(2)
+    counts = (_count(examples, "example"), _count(spans, "latent span"), _count(pictures, "picture"))
+    typer.echo(f"{', '.join(counts)}: no faults")
+
+
+@app.command()
+def make(
+    task: Annotated[str, typer.Argument(help="Name of the task, such as vsp-planning.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or absent.")],
+    levels: Annotated[str, typer.Option(help="Side lengths of the maps.")] = "3,4,5,6",
+    n: Annotated[int, typer.Option("--n", min=0, help="Number of training examples.")] = 1000,
+    n_test: Annotated[
+        int | None, typer.Option(min=0, help="Number of test examples; by default n / 10, at least 100.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same files, byte for byte.")] = 0,
+    style: Annotated[Style, typer.Option(help="How the responses are written.")] = Style.DIRECT,
+    cell: Annotated[int, typer.Option(help="Pixels per side of a cell.")] = 64,
+) -> None:
+    """Make training and test data for a task: train.jsonl, test.jsonl and their pictures."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mirage_vlm.tasks.make import write_dataset
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    written = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"making {task}", total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal written
+            written = done
+            progress.update(bar, completed=done, total=total)
+
+        write_dataset(
+            task,
+            _parse_levels(levels),
+            n,
+            out,
+            seed=seed,
+            style=style.value,
+            n_test=n_test,
+            cell=cell,
+            progress=show,
+        )
+    typer.echo(f"{out}: {_count(n, 'training example')}, {_count(written - n, 'test example')}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A JSONL file or a dataset folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="What to write; it must not exist.")],
+    to: Annotated[
+        Target | None, typer.Option(help="By default chat where DST ends in .jsonl, otherwise dataset.")
+    ] = None,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Put all pictures into the JSONL file itself (chat only).")
+    ] = False,
+) -> None:
+    """Convert between chat JSONL, the reference implementation's JSONL and Hugging Face datasets.
+
+    SRC may be any of these, or plain VSP maps.
+
+    Picture files stay where they are; pictures without a file are saved to a folder beside DST.
+
+    A dataset holds its pictures itself.
+    """
+    from mirage_vlm.formats import read_data
+
+    target = to or (Target.CHAT if destination.suffix == ".jsonl" else Target.DATASET)
+    if embed and target is not Target.CHAT:
+        raise MirageError(f"--embed is for chat JSONL, not for --to {target.value}")
+    if destination.exists():
+        raise MirageError(f"{destination}: exists already; remove it or name another")
+    count = _write(target, destination, read_data(source, plain=_read_plain), embed)
+    typer.echo(f"{destination}: {_count(count, 'example')}")
+
+
+def _write(target: Target, path: Path, trajectories: list[Trajectory], embedded: bool) -> int:
+    from mirage_vlm import formats
+
+    if target is Target.DATASET:
+        return formats.save_dataset_dir(path, trajectories)
+    if target is Target.REFERENCE:
+        return formats.write_reference(path, trajectories)
+    folder = formats.ImageFolder(path.with_name(f"{path.stem}-images"), path.parent)
+    return formats.write_jsonl(path, trajectories, image_source=formats.embed if embedded else folder)
+
+
+def _read_plain(record: dict[str, Any]) -> Trajectory:
+    """A plain VSP map; the tasks are imported when the first one is met."""
+    from mirage_vlm.tasks import from_record
+
+    return from_record(record)
+
+
+def _parse_levels(text: str) -> list[int]:
+    try:
+        return [int(level) for level in text.split(",")]
+    except ValueError:
+        raise MirageError(f"--levels must be numbers such as 3,4,5,6, not {text!r}") from None
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -1,0 +1,57 @@
+"""The `mirage` command: registers the sub-commands and turns errors into one line.
+
+Modules of `mirage_vlm.cli` import heavy things (torch, transformers, datasets) inside their functions only,
+so that `mirage --help` answers at once. A new command is one line here: `app.command()(module.function)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mirage_vlm import __version__
+from mirage_vlm.cli import data
+from mirage_vlm.errors import MirageError
+
+app = typer.Typer(
+    name="mirage",
+    help="Vision-language models that think in latent visual tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mirage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: run a command line, by default the process's own, and exit.
+
+    Bad input prints one line, `error: …`, and exits with status 2. Typer sees to the rest: wrong usage exits
+    with 2, Ctrl-C with 130.
+    """
+    try:
+        app(args=arguments)
+    except MirageError as fault:
+        print("error:", " ".join(str(fault).split("\n")), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,121 @@
+"""The chat-message convention of TRL and the OpenAI API, with one more content part: the latent span.
+
+A record is `{"messages": [{"role", "content": [part, …]}, …], "task", "answer", "meta"}`, where a part is
+`{"type": "text", "text"}`, `{"type": "image", "image": path | URL | data URL}` or, in an assistant turn,
+`{"type": "latent", "helper": path | URL | data URL, "k"}`. Keys with nothing to say are left out.
+
+Read, but never written: `content` as a plain string; OpenAI's `{"type": "image_url", "image_url": {"url"}}`;
+image parts whose pictures are listed, in order, under `images` (TRL), and latent parts whose helper images
+are listed under `helpers`. Values that are null count as absent; unknown keys are ignored.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirage_vlm.formats.chat_faults import image_value, place_columns
+from mirage_vlm.formats.pictures import ImageSource, as_given, read_picture
+from mirage_vlm.trajectory import Decoding, Image, LatentSpan, Message, Segment, Text, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+
+def to_record(trajectory: Trajectory, *, image_source: ImageSource | None = None) -> dict[str, Any]:
+    """The trajectory as an object that JSON can hold.
+
+    Args:
+        trajectory: what to write.
+        image_source: says what to write for a picture; None writes paths and URLs as they are and embeds
+            pictures in memory as PNG data URLs.
+
+    Raises:
+        MirageError: a picture in memory cannot be drawn.
+    """
+    source = image_source or as_given
+    record: dict[str, Any] = {
+        "messages": [
+            {"role": message.role, "content": [_to_part(segment, source) for segment in message.segments]}
+            for message in trajectory.messages
+        ]
+    }
+    if trajectory.task is not None:
+        record["task"] = trajectory.task
+    if trajectory.answer is not None:
+        record["answer"] = trajectory.answer
+    if trajectory.meta:
+        record["meta"] = trajectory.meta
+    if trajectory.decoding is not None:
+        decoding = trajectory.decoding
+        record["decoding"] = {"token_ids": list(decoding.token_ids), "finish_reason": decoding.finish_reason}
+    return record
+
+
+def _to_part(segment: Segment, source: ImageSource) -> dict[str, Any]:
+    if isinstance(segment, Text):
+        return {"type": "text", "text": segment.text}
+    if isinstance(segment, Image):
+        return {"type": "image", "image": source(segment)}
+    part: dict[str, Any] = {"type": "latent"}
+    if segment.helper is not None:
+        part["helper"] = source(segment.helper)
+    if segment.k is not None:
+        part["k"] = segment.k
+    if segment.latents is not None:
+        part["latents"] = _pack(segment.latents)
+    return part
+
+
+def _pack(latents: torch.Tensor) -> dict[str, Any]:
+    array = latents.detach().float().cpu().numpy().astype("<f4")  # [k, D]
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"shape": list(array.shape), "dtype": "float32", "data": data}
+
+
+def _unpack(packed: Mapping[str, Any]) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    array = np.frombuffer(base64.b64decode(packed["data"]), dtype="<f4").astype(np.float32)
+    return torch.from_numpy(array.reshape(packed["shape"]))  # [k, D]
+
+
+def from_record(record: Mapping[str, Any], base: Path | None) -> Trajectory:
+    """The trajectory of a chat record in which `chat_faults.faults` finds no fault. Pictures are not opened.
+
+    Args:
+        record: the object, as parsed from JSON.
+        base: the folder at which relative image paths start; None is the working directory.
+    """
+    record, _ = place_columns(record)
+    decoding = record.get("decoding")
+    return Trajectory(
+        messages=tuple(
+            Message(message["role"], tuple(_segments(message.get("content"), base))) for message in record["messages"]
+        ),
+        task=record.get("task"),
+        answer=record.get("answer"),
+        meta=dict(record.get("meta") or {}),
+        decoding=Decoding(tuple(decoding["token_ids"]), decoding["finish_reason"]) if decoding else None,
+    )
+
+
+def _segments(content: Any, base: Path | None) -> Iterator[Segment]:
+    if isinstance(content, str):
+        yield Text(content)
+        return
+    for part in content:
+        if part["type"] == "text":
+            yield Text(part["text"])
+        elif part["type"] == "latent":
+            helper, packed = part.get("helper"), part.get("latents")
+            yield LatentSpan(
+                helper=None if helper is None else read_picture(helper, base),
+                k=part.get("k"),
+                latents=None if packed is None else _unpack(packed),
+            )
+        else:
+            yield read_picture(image_value(part), base)

@@ -1,0 +1,72 @@
+"""What a checkpoint says about its latent spans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mirage_vlm.errors import MirageError
+
+LATENT_START = "<|latent_start|>"
+LATENT_PAD = "<|latent_pad|>"
+LATENT_END = "<|latent_end|>"
+LATENT_TOKENS = (LATENT_START, LATENT_PAD, LATENT_END)
+
+STOP_RULES = ("fixed", "learned")
+
+# field of LatentConfig -> key of config.json; the first five are those of the reference implementation
+_KEYS = {
+    "latent_size": "latent_size",
+    "pad_id": "latent_token_id",
+    "start_id": "latent_start_id",
+    "end_id": "latent_end_id",
+    "pooling": "compress_strategy",
+    "feedback": "latent_feedback",
+    "stop_rule": "latent_stop_rule",
+    "image_scale": "image_scale",
+}
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """The latent part of a checkpoint's `config.json`.
+
+    Attributes:
+        latent_size: k, the number of latent tokens of a span that does not state its own.
+        start_id, pad_id, end_id: ids of the three special tokens, read from the tokenizer.
+        pooling: how helper features become k targets; see `mirage_vlm.modeling.pooling`.
+        feedback: how a hidden state becomes an input embedding; see `mirage_vlm.modeling.feedback`.
+        stop_rule: `fixed` (a span has k latents) or `learned` (the model emits `latent_end`).
+        image_scale: factor by which pictures are resized before the image processor sees them.
+    """
+
+    latent_size: int
+    start_id: int
+    pad_id: int
+    end_id: int
+    pooling: str = "average"
+    feedback: str = "identity"
+    stop_rule: str = "fixed"
+    image_scale: float = 1.0
+
+    @classmethod
+    def read(cls, config: Any, where: str) -> LatentConfig:
+        """Read it from a transformers config.
+
+        Raises:
+            MirageError: a key of the latent tokens is missing.
+        """
+        missing = [_KEYS[name] for name in ("start_id", "pad_id", "end_id") if not hasattr(config, _KEYS[name])]
+        if missing or not hasattr(config, "latent_size"):
+            raise MirageError(
+                f"{where}: the checkpoint has no latent tokens (config.json lacks "
+                f"{', '.join(missing or ['latent_size'])}); train one with `mirage train`, or add the tokens with "
+                "LatentVLM.from_base"
+            )
+        values = {name: getattr(config, key) for name, key in _KEYS.items() if hasattr(config, key)}
+        return cls(**values)
+
+    def write(self, config: Any) -> None:
+        """Put it into a transformers config, so that it is saved in `config.json`."""
+        for name, key in _KEYS.items():
+            setattr(config, key, getattr(self, name))

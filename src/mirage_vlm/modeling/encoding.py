@@ -1,0 +1,178 @@
+"""From trajectories to tensors: chat template, pictures, latent spans, labels.
+
+The prompt is tokenised on its own and in the same way for training and decoding, so that a model decodes from
+exactly the tokens it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Resampling
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LatentConfig
+from mirage_vlm.modeling.family import QwenVL
+from mirage_vlm.modeling.pooling import span_length
+from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Processed pictures: `pixel_values` [patches, C · t · p · p] and `grid_thw` [n, 3]."""
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+
+    @staticmethod
+    def join(parts: Sequence[Pictures | None]) -> Pictures | None:
+        """All pictures of several examples in one; None where there are none."""
+        found = [part for part in parts if part is not None]
+        if not found:
+            return None
+        return Pictures(torch.cat([p.pixel_values for p in found]), torch.cat([p.grid_thw for p in found]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids [T], labels [T] (−100 = no loss), its pictures and its helper images."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    images: Pictures | None
+    helpers: Pictures | None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Everything of a checkpoint that turns trajectories into tensors; light, so that workers can hold it."""
+
+    tokenizer: Any
+    image_processor: Any
+    config: LatentConfig
+    family: QwenVL
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[list[int], Pictures | None]:
+        """Token ids of a prompt up to where the response begins, and its pictures.
+
+        Raises:
+            MirageError: a picture cannot be read, an earlier turn holds a latent span, the text holds the image
+                token itself, or the prompt is longer than the model's context.
+        """
+        pictures = self.pictures([s for m in messages for s in m.segments if isinstance(s, Image)])
+        text = self.tokenizer.apply_chat_template(
+            [{"role": m.role, "content": [_template_part(s) for s in m.segments]} for m in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = self._expand_images(self.tokenizer(text, add_special_tokens=False)["input_ids"], pictures)
+        self._check_length(len(ids), "a prompt")
+        return ids, pictures
+
+    def example(self, trajectory: Trajectory, *, targets: bool = True) -> Encoded:
+        """A training example: prompt and response, loss on the response's text.
+
+        Latent positions hold `latent_pad` and bear no label, except under the stop rule `learned`, where every
+        pad but the first of its span is a label that says "go on".
+
+        Args:
+            targets: process the helper images too. Without, they are not even opened, unless the pooling is
+                `full` and a span's length follows from its helper image.
+
+        Raises:
+            MirageError: as `prompt`, and for a span without helper image or with k larger than its patches.
+        """
+        prompt, images = self.prompt(trajectory.prompt)
+        helpers = None
+        if targets or self.config.pooling == "full":
+            helpers = self.pictures([_helper(span) for span in trajectory.spans])
+        grids = [None] * len(trajectory.spans) if helpers is None else list(helpers.grid_thw)
+        lengths = [self._span_length(span, grid) for span, grid in zip(trajectory.spans, grids, strict=True)]
+        text = render_response(trajectory.response, lengths) + self.tokenizer.eos_token
+        input_ids = torch.tensor(prompt + self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._check_length(len(input_ids), "an example")
+        labels = input_ids.clone()
+        labels[: len(prompt)] = IGNORED
+        pads = input_ids == self.config.pad_id
+        if self.config.stop_rule == "learned":
+            pads &= ~pads.roll(1)  # the first pad of each span
+        labels[pads] = IGNORED
+        return Encoded(input_ids, labels, images, helpers if targets else None)
+
+    def pictures(self, images: Sequence[Image]) -> Pictures | None:
+        """Pictures through the image processor, resized by the checkpoint's `image_scale` first.
+
+        Raises:
+            MirageError: a picture cannot be read or has an impossible shape.
+        """
+        if not images:
+            return None
+        loaded = [image.load() for image in images]
+        if (scale := self.config.image_scale) != 1.0:
+            sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in loaded]
+            loaded = [p.resize(size, Resampling.BICUBIC) for p, size in zip(loaded, sizes, strict=True)]
+        try:
+            processed = self.image_processor(images=loaded, return_tensors="pt")
+        except ValueError as fault:
+            raise MirageError(f"cannot process {', '.join(map(str, images))}: {fault}") from fault
+        return Pictures(processed["pixel_values"], processed["image_grid_thw"])
+
+    def _span_length(self, span: LatentSpan, grid: torch.Tensor | None) -> int:
+        k = span.k or self.config.latent_size
+        if grid is None:
+            return k
+        height, width = self.family.merged_grid(grid)
+        return span_length(self.config.pooling, height * width, k, span.helper)
+
+    def _check_length(self, length: int, what: str) -> None:
+        if length > self.family.max_positions:
+            raise MirageError(
+                f"{what} has {length} tokens, but the model's context holds {self.family.max_positions}: "
+                "use smaller or fewer pictures, or shorter text"
+            )
+
+    def _expand_images(self, ids: list[int], pictures: Pictures | None) -> list[int]:
+        """Repeat each image token as often as the picture has merged patches."""
+        counts = [] if pictures is None else [h * w for h, w in map(self.family.merged_grid, pictures.grid_thw)]
+        image_token = self.family.image_token_id
+        if ids.count(image_token) != len(counts):
+            raise MirageError(
+                f"a prompt has {len(counts)} pictures but {ids.count(image_token)} image tokens: "
+                "its text must not hold the image token itself"
+            )
+        remaining = iter(counts)
+        return [token for i in ids for token in ([i] * next(remaining) if i == image_token else [i])]
+
+
+def render_response(segments: Sequence[Segment], lengths: Sequence[int]) -> str:
+    """The response as one string, each span as start, k pads and end."""
+    remaining = iter(lengths)
+    return "".join(
+        LATENT_START + LATENT_PAD * next(remaining) + LATENT_END if isinstance(s, LatentSpan) else _text(s)
+        for s in segments
+    )
+
+
+def _helper(span: LatentSpan) -> Image:
+    if span.helper is None:
+        raise MirageError("a latent span has no helper image, so it cannot be trained on")
+    return span.helper
+
+
+def _template_part(segment: Segment) -> dict[str, Any]:
+    if isinstance(segment, Image):
+        return {"type": "image"}
+    return {"type": "text", "text": _text(segment)}
+
+
+def _text(segment: Segment) -> str:
+    if isinstance(segment, Text):
+        return segment.text
+    if isinstance(segment, LatentSpan):
+        raise MirageError("an earlier turn holds a latent span; only the last response may have spans")
+    raise MirageError("a response holds a picture; only prompts may have pictures (a span's helper image is not one)")

@@ -1,0 +1,182 @@
+"""LatentVLM: a vision-language model of transformers that can reason in latent visual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mirage_vlm.modeling.config import LatentConfig
+from mirage_vlm.modeling.encoding import Encoder
+from mirage_vlm.modeling.family import family_of
+from mirage_vlm.modeling.feedback import build_feedback
+from mirage_vlm.modeling.pooling import check_pooling, pool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from mirage_vlm.decoding.generate import GenerationConfig
+    from mirage_vlm.trajectory import Message, Trajectory
+
+
+class LatentVLM(nn.Module):
+    """A transformers VLM, its tokenizer and image processor, and the meaning of its latent spans.
+
+    Args:
+        model: the transformers model, for example a `Qwen2_5_VLForConditionalGeneration`.
+        tokenizer: its tokenizer, which holds the three latent tokens.
+        image_processor: its image processor.
+        config: the latent part of the checkpoint.
+
+    Raises:
+        MirageError: unknown family, pooling or feedback.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, config: LatentConfig):
+        super().__init__()
+        check_pooling(config.pooling)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.family = family_of(model.config)
+        self.encoder = Encoder(tokenizer, image_processor, config, self.family)
+        self.feedback = build_feedback(config.feedback, self.width).to(model.device, model.dtype)
+        config.write(model.config)
+
+    # -- what a latent span means ------------------------------------------------------------------------------
+
+    def recast(self, token_ids: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """The input embeddings of the next position: this is the whole of latent reasoning.
+
+        Where the next token is `latent_pad`, the hidden state of the position before it (after the final norm,
+        what the LM head would read) is fed back; elsewhere the token's own embedding is used. Stage 2, decoding
+        and everything built on them call this function.
+
+        Args:
+            token_ids: [...] the next tokens.
+            previous: [..., D] last hidden states of the positions before them.
+
+        Returns:
+            [..., D] input embeddings.
+        """
+        latent = (token_ids == self.config.pad_id).unsqueeze(-1)
+        return torch.where(latent, self.feedback(previous), self.embed(token_ids))
+
+    def targets(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, lengths: Sequence[int], detach: bool = True
+    ) -> torch.Tensor:
+        """The targets of latent spans: each helper image through the vision tower, then pooled.
+
+        Args:
+            pixel_values: [patches of all helper images, C · t · p · p].
+            grid_thw: [spans, 3].
+            lengths: k of each span.
+            detach: keep gradients out of the vision tower.
+
+        Returns:
+            [sum of k, D] in span order.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            features = self.family.image_features(self.model, pixel_values, grid_thw)
+            pooled = [
+                pool(patches, self.family.merged_grid(grid), k, self.config.pooling)
+                for patches, grid, k in zip(features, grid_thw, lengths, strict=True)
+            ]
+            return torch.cat(pooled)
+
+    # -- the pieces of a forward pass --------------------------------------------------------------------------
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[...] token ids → [..., D] embeddings of the table."""
+        return self.model.get_input_embeddings()(token_ids)
+
+    def embed_prompt(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, grid_thw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, T] ids and the pictures of all rows, in row order → [B, T, D] embeddings with the pictures in place.
+
+        No graph is built through the vision tower where its parameters are frozen.
+        """
+        embeds = self.embed(input_ids)
+        if pixel_values is None or grid_thw is None:
+            return embeds
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            features = torch.cat(self.family.image_features(self.model, pixel_values, grid_thw))
+        places = (input_ids == self.family.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(places, features.to(embeds.dtype))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] last hidden states → [..., V] logits."""
+        return self.model.lm_head(hidden)
+
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a response: the tokenizer's end of turn and those of the generation config."""
+        configured = self.model.generation_config.eos_token_id
+        more = configured if isinstance(configured, list) else [configured]
+        return {token for token in (self.tokenizer.eos_token_id, *more) if token is not None}
+
+    @property
+    def width(self) -> int:
+        """D, the width of hidden states and input embeddings."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.family.vision_tower(self.model)
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.family.language_model(self.model)
+
+    def positions(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, grid_thw: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[3, B, T] rotary positions of right-padded rows [B, T]."""
+        return self.family.positions(self.model, input_ids, attention_mask, grid_thw)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    # -- decoding ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Trajectory | Sequence[Message]],
+        config: GenerationConfig | None = None,
+        **changes: Any,
+    ) -> list[Trajectory]:
+        """Decode a response to each prompt; see `mirage_vlm.decoding.generate`.
+
+        `changes` are fields of `GenerationConfig`, for example `max_new_tokens=128, temperature=0.7, seed=1`.
+        """
+        from mirage_vlm.decoding.generate import GenerationConfig, generate
+
+        return generate(self, prompts, replace(config or GenerationConfig(), **changes))
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> LatentVLM:
+        """Load a checkpoint that has latent tokens; see `mirage_vlm.modeling.checkpoint.load`."""
+        from mirage_vlm.modeling.checkpoint import load
+
+        return load(path, **options)
+
+    @classmethod
+    def from_base(cls, path: str | Path, **options: Any) -> LatentVLM:
+        """Start from an ordinary VLM: add the latent tokens; see `mirage_vlm.modeling.checkpoint.add_latents`."""
+        from mirage_vlm.modeling.checkpoint import add_latents
+
+        return add_latents(path, **options)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint that `from_pretrained` and plain transformers load."""
+        from mirage_vlm.modeling.checkpoint import save
+
+        save(self, path)

@@ -1,0 +1,93 @@
+"""Compression: the patch features of a helper image, pooled to the k targets of a latent span."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from mirage_vlm.errors import MirageError
+
+Pooling = Callable[[torch.Tensor, tuple[int, int], int], torch.Tensor]
+
+
+def average(features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+    """Cut the patches, in raster order, into k contiguous chunks of n // k and average each.
+
+    The n mod k patches that are left over are dropped. This is Mirage's own compression (arXiv 2506.17218).
+    """
+    size = features.shape[0] // k
+    return features[: size * k].reshape(k, size, -1).mean(dim=1)
+
+
+def grid_average(features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+    """Average over a rows × columns = k lattice of the picture, the one nearest to its shape."""
+    height, width = grid
+    rows = min(
+        (r for r in range(1, k + 1) if k % r == 0), key=lambda r: abs(math.log((r / (k // r)) / (height / width)))
+    )
+    picture = features.reshape(height, width, -1).permute(2, 0, 1)  # [D, h, w]
+    return F.adaptive_avg_pool2d(picture, (rows, k // rows)).flatten(1).T
+
+
+def random_patches(features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+    """Take k patches at random, kept in raster order; drawn anew at every call."""
+    chosen = torch.randperm(features.shape[0])[:k].sort().values
+    return features[chosen.to(features.device)]
+
+
+def full(features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+    """No compression: one latent a patch."""
+    return features
+
+
+POOLINGS: dict[str, Pooling] = {
+    "average": average,
+    "grid": grid_average,
+    "random": random_patches,
+    "full": full,
+}
+
+
+def check_pooling(name: str) -> str:
+    """The name itself, if there is such a pooling.
+
+    Raises:
+        MirageError: there is none.
+    """
+    if name not in POOLINGS:
+        raise MirageError(f"unknown pooling {name!r}; choose one of {', '.join(POOLINGS)}")
+    return name
+
+
+def span_length(name: str, patches: int, k: int, helper: object = "the helper image") -> int:
+    """Number of latents that a helper image of so many patches gives.
+
+    Raises:
+        MirageError: k is larger than the number of patches.
+    """
+    if name == "full":
+        return patches
+    if k > patches:
+        raise MirageError(
+            f"k = {k} latents cannot be pooled from the {patches} patches of {helper}: "
+            "lower latent_size (or the span's k), or use a larger helper image"
+        )
+    return k
+
+
+def pool(features: torch.Tensor, grid: tuple[int, int], k: int, name: str) -> torch.Tensor:
+    """Compress one helper image.
+
+    Args:
+        features: [n, D] merged patch features in raster order, n = h · w.
+        grid: (h, w) merged patches down and across.
+        k: number of targets.
+        name: key of `POOLINGS`.
+
+    Returns:
+        [k, D] the targets.
+    """
+    return POOLINGS[name](features, grid, span_length(name, features.shape[0], k))

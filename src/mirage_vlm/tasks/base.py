@@ -1,0 +1,99 @@
+"""What a task is: something that makes examples, words prompts and scores answers."""
+
+from __future__ import annotations
+
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks.frozenlake import Maze
+from mirage_vlm.trajectory import Image, Message, Trajectory
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a checker says of one answer.
+
+    Attributes:
+        correct: the answer is right.
+        valid: an answer could be read at all; an unreadable one is never correct.
+        optimal: for plans, correct and as short as can be; None where that has no meaning.
+        verdict: one line for people.
+    """
+
+    correct: bool
+    valid: bool
+    optimal: bool | None
+    verdict: str
+
+
+class Task(ABC):
+    """A task; one instance each, found by name with `get_task`."""
+
+    name: str
+    styles: tuple[str, ...] = ("direct", "cot")
+
+    @abstractmethod
+    def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
+        """A fresh example: prompt, response with helper images, answer and meta; pictures draw themselves.
+
+        Args:
+            rng: the only source of chance.
+            level: side length of the map.
+            style: one of `styles`.
+            cell: pixels per side of a cell.
+        """
+
+    @abstractmethod
+    def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
+        """The prompt for any picture; `details` are what the question needs besides it.
+
+        Raises:
+            MirageError: the style is unknown, or a detail is missing or malformed.
+        """
+
+    @abstractmethod
+    def score(self, trajectory: Trajectory) -> Score:
+        """Check the response against what `meta` says of the picture.
+
+        Raises:
+            MirageError: `meta` lacks what the check needs.
+        """
+
+    def check_style(self, style: str) -> None:
+        """Refuse a style that this task does not have."""
+        if style not in self.styles:
+            raise MirageError(f"{self.name} has no style {style!r}; choose from {', '.join(self.styles)}")
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` of a text holds, `\text{}` unwrapped; None if absent or unclosed."""
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    content, depth = text[start + len(r"\boxed{") :], 1
+    for index, letter in enumerate(content):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", content[:index]).strip()
+    return None
+
+
+def map_of(meta: Mapping[str, Any]) -> Maze:
+    """The map that a trajectory's meta records.
+
+    Raises:
+        MirageError: there is none, or it is malformed.
+    """
+    if not isinstance(meta.get("map"), list | tuple):
+        raise MirageError('cannot score: the example has no "map" in its meta')
+    return Maze.from_rows(meta["map"])
+
+
+def count(n: int, noun: str) -> str:
+    """`1 move`, `2 moves`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

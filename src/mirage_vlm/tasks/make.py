@@ -1,0 +1,154 @@
+"""Data sets of made examples: an endless supply indexed by number, and the same written to a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.formats import to_record
+from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.base import map_of
+from mirage_vlm.tasks.frozenlake import Maze
+from mirage_vlm.tasks.render import MAX_SIDE
+from mirage_vlm.trajectory import Image, Trajectory
+
+Split = Literal["train", "test"]
+
+TEST_PERCENT = 10
+
+
+def map_split(maze: Maze) -> Split:
+    """The split a map belongs to, for every task, seed and machine: one map in ten is for testing."""
+    digest = hashlib.sha256("/".join(maze.rows).encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") % 100 < TEST_PERCENT else "train"
+
+
+class GeneratedDataset(Sequence[Trajectory]):
+    """`n` made examples; number i depends on nothing but the arguments and i, and is made when asked for.
+
+    Args:
+        task: a task's name.
+        levels: side lengths of the maps, taken in turn: example i has `levels[i % len(levels)]`.
+        n: number of examples.
+        seed: another seed gives other examples; train and test stay disjoint by map across all seeds.
+        style: `direct`, `cot`, or `mixed` (any of the task's styles, by chance).
+        split: `train` or `test`.
+        cell: pixels per side of a cell.
+
+    Raises:
+        MirageError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        levels: Sequence[int],
+        n: int,
+        seed: int = 0,
+        style: str = "direct",
+        split: Split = "train",
+        cell: int = 64,
+    ) -> None:
+        self.task = get_task(task)
+        if style != "mixed":
+            self.task.check_style(style)
+        if not levels or not all(2 <= level <= MAX_SIDE for level in levels):
+            raise MirageError(f"levels must be side lengths from 2 to {MAX_SIDE}, not {list(levels)}")
+        if n < 0:
+            raise MirageError(f"the number of examples cannot be {n}")
+        if split not in ("train", "test"):
+            raise MirageError(f"there is no split {split!r}; choose train or test")
+        if not 8 <= cell <= 256:
+            raise MirageError(f"a cell must have from 8 to 256 pixels a side, not {cell}")
+        self.levels, self.n, self.seed = tuple(levels), n, seed
+        self.style, self.split, self.cell = style, split, cell
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Trajectory:  # type: ignore[override]  # no slices
+        if not -self.n <= i < self.n:
+            raise IndexError(i)
+        i %= self.n
+        level = self.levels[i % len(self.levels)]
+        rng = random.Random(f"{self.task.name}/{level}/{self.style}/{self.split}/{self.seed}/{i}")
+        style = rng.choice(self.task.styles) if self.style == "mixed" else self.style
+        while True:
+            trajectory = self.task.make(rng, level, style, self.cell)
+            if map_split(map_of(trajectory.meta)) == self.split:
+                return trajectory
+
+
+def write_dataset(
+    task: str,
+    levels: Sequence[int],
+    n: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    style: str = "direct",
+    n_test: int | None = None,
+    cell: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write `train.jsonl`, `test.jsonl` and `images/*.png` to the folder `out`.
+
+    The same arguments give the same bytes. All is written beside `out` first and moved there at the end, so
+    `out` is complete or absent.
+
+    Args:
+        task, levels, seed, style, cell: as for `GeneratedDataset`.
+        n: number of training examples.
+        n_test: number of test examples, by default n / 10 and at least 100; with 0 there is no `test.jsonl`.
+        progress: called with (examples written, examples in all) after each.
+
+    Raises:
+        MirageError: an argument is out of range, `out` is not empty or cannot be written.
+    """
+    out = Path(out)
+    n_test = max(100, n // 10) if n_test is None else n_test
+    splits = [GeneratedDataset(task, levels, n, seed, style, "train", cell)]
+    if n_test:
+        splits.append(GeneratedDataset(task, levels, n_test, seed, style, "test", cell))
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise MirageError(f"{out} is not an empty folder; name another one or remove it first")
+    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
+    try:
+        (partial / "images").mkdir(parents=True)
+        done = 0
+        for dataset in splits:
+            for _ in _write_split(dataset, partial):
+                done += 1
+                if progress:
+                    progress(done, n + n_test)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as fault:
+        raise MirageError(f"cannot write {out}: {fault.strerror or fault}") from fault
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _write_split(dataset: GeneratedDataset, folder: Path) -> Iterator[None]:
+    """Write one JSONL file and its pictures; yields after each example."""
+    with (folder / f"{dataset.split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        for i, trajectory in enumerate(dataset):
+            names = (f"images/{dataset.split}-{i:06d}-{number}.png" for number in range(1_000))
+
+            def save(image: Image, names: Iterator[str] = names) -> str:
+                name = next(names)
+                image.load().save(folder / name, format="PNG", optimize=False, compress_level=6)
+                return name
+
+            record = to_record(trajectory, image_source=save)
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            yield

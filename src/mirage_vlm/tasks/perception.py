@@ -1,0 +1,97 @@
+"""`vsp-perception`: base skills for training only: read the map, read a red path, say what is where.
+
+A base model that has learnt these can see, but nothing here teaches it to plan: no path it reads leads from
+the start to the gift.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks.base import Score, Task
+from mirage_vlm.tasks.frozenlake import Cell, Maze, cell_name, generate_maze, moves_of, narrate, parse_cell
+from mirage_vlm.tasks.render import draw_maze
+from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
+
+KINDS = {"map": 0.4, "path": 0.35, "place": 0.25}
+MAX_STEPS = 9
+
+_QUESTIONS = {
+    "map": "Write down the map row by row.",
+    "path": "Which way does the red path go?",
+    "place": "Where is the elf, the gift and what is there at {cell}?",
+}
+_NAMES = {"S": "start", "F": "ice", "H": "hole", "G": "gift"}
+
+
+class Perception(Task):
+    """Three kinds of question, drawn at random and named in `meta["kind"]`; answers are plain text, no spans.
+
+    - `map`: letters of the map, `S F F / F H F / F F G`;
+    - `path`: the red path in words, `r3c2 up r2c2 right r2c3`, a random walk that enters no cell twice;
+    - `place`: the elf's cell (any cell, holes too), the gift's, and what one more cell is.
+    """
+
+    name = "vsp-perception"
+    styles = ("direct",)
+
+    def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
+        self.check_style(style)
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        maze = generate_maze(level, rng)
+        draw, asked = partial(draw_maze, maze, cell), ""
+        if kind == "map":
+            answer = " / ".join(" ".join(row) for row in maze.rows)
+        elif kind == "path":
+            path = _random_path(maze, rng)
+            draw, answer = partial(draw, path=path), narrate(path, moves_of(path))
+        else:
+            elf, place = rng.choices(list(maze.cells()), k=2)
+            draw, asked = partial(draw, elf=elf), cell_name(place)
+            answer = f"elf {cell_name(elf)}, gift {cell_name(maze.goal)}, {asked} {_NAMES[maze[place]]}"
+        return Trajectory(
+            messages=(*self.prompt(Image(draw), style, kind=kind, cell=asked), assistant_turn(answer)),
+            task=self.name,
+            answer=answer,
+            meta={"map": list(maze.rows), "level": level, "style": style, "kind": kind},
+        )
+
+    def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
+        """The prompt; the detail `kind` is `map` (default), `path`, or `place` with a `cell` (`r2c3`)."""
+        self.check_style(style)
+        kind = str(details.get("kind", "map"))
+        if kind not in KINDS:
+            raise MirageError(f"{self.name} has no kind {kind!r}; choose from {', '.join(KINDS)}")
+        asked = str(details.get("cell", ""))
+        if kind == "place":
+            parse_cell(asked)
+        return (user_turn(image, _QUESTIONS[kind].format(cell=asked)),)
+
+    def score(self, trajectory: Trajectory) -> Score:
+        """Right is the reference answer letter for letter."""
+        if trajectory.answer is None:
+            raise MirageError('cannot score: the example has no "answer"')
+        text = trajectory.text.strip()
+        correct = text == trajectory.answer
+        verdict = "as in the picture" if correct else f"should be {trajectory.answer}"
+        return Score(correct, bool(text), None, verdict)
+
+
+def _random_path(maze: Maze, rng: random.Random) -> tuple[Cell, ...]:
+    """A walk of 1 to 9 steps that enters no hole, no cell twice, and never leads from start to gift."""
+    while True:
+        path = [rng.choice([cell for cell in maze.cells() if cell not in maze.holes])]
+        steps = rng.randint(1, MAX_STEPS)
+        while len(path) <= steps:
+            nearby = {maze.step(path[-1], move) for move in "UDLR"} - maze.holes - set(path)
+            if not nearby:
+                break
+            path.append(rng.choice(sorted(nearby)))
+        if len(path) > 1 and (path[0], path[-1]) != (maze.start, maze.goal):
+            return tuple(path)
+
+
+PERCEPTION = Perception()

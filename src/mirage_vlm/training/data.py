@@ -1,0 +1,135 @@
+"""What a run trains on: sources of trajectories, their order, and collation into tensors."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.formats import read_data
+from mirage_vlm.modeling.encoding import IGNORED, Encoded, Encoder, Pictures
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from mirage_vlm.training.recipe import DataRecipe
+
+
+class Examples(Dataset[Trajectory]):
+    """Several sources one after the other.
+
+    Attributes:
+        sizes: a rough size of each example, for batches of similar ones.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Trajectory]]):
+        self.sources = list(sources)
+        self.ends = list(itertools.accumulate(len(source) for source in self.sources))
+        self.sizes = [size for source in self.sources for size in _sizes(source)]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Trajectory:
+        which = bisect.bisect_right(self.ends, index)
+        return self.sources[which][index - (self.ends[which - 1] if which else 0)]
+
+
+def open_source(source: DataRecipe) -> Sequence[Trajectory]:
+    """The trajectories that a recipe's source names.
+
+    Raises:
+        MirageError: it cannot be read, or an example has no response.
+    """
+    if source.task is not None:
+        return GeneratedDataset(source.task, source.levels, source.n, source.seed, source.style, "train")
+    assert source.path is not None
+    found = read_data(source.path)
+    for i, trajectory in enumerate(found, start=1):
+        if not trajectory.response:
+            raise MirageError(f"{source.path}:{i}: messages: there is no assistant turn to train on")
+    return found
+
+
+def _sizes(source: Sequence[Trajectory]) -> Iterator[int]:
+    if isinstance(source, GeneratedDataset):
+        for i in range(len(source)):
+            yield source.levels[i % len(source.levels)] ** 2
+    else:
+        for trajectory in source:
+            yield len(trajectory.text)
+
+
+class BucketSampler(Sampler[int]):
+    """A random order in which neighbours are of similar size; a function of seed and epoch alone.
+
+    A shuffled pool of 50 batches is sorted by size and its batches are shuffled again. Since nothing else enters,
+    a resumed run sees the same order.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int, seed: int, bucket: bool = True):
+        self.sizes, self.batch, self.seed, self.bucket, self.epoch = sizes, batch, seed, bucket, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        order = list(range(len(self.sizes)))
+        rng.shuffle(order)
+        if not self.bucket:
+            return iter(order)
+        batches: list[list[int]] = []
+        for start in range(0, len(order), 50 * self.batch):
+            pool = sorted(order[start : start + 50 * self.batch], key=lambda i: self.sizes[i])
+            batches += [pool[j : j + self.batch] for j in range(0, len(pool), self.batch)]
+        tail = [batch for batch in batches if len(batch) < self.batch]  # a short batch must come last
+        batches = [batch for batch in batches if len(batch) == self.batch]
+        rng.shuffle(batches)
+        return itertools.chain.from_iterable(batches + tail)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Trajectories → the tensors of `mirage_vlm.training.rollout.Batch`, right-padded.
+
+    Attributes:
+        encoder: of the checkpoint.
+        targets: process the helper images (stage 1).
+    """
+
+    encoder: Encoder
+    targets: bool
+
+    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+        return collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder)
+
+
+def collate(examples: Sequence[Encoded], encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Pad rows on the right and join the pictures of all rows; absent pictures leave their keys out."""
+    width = max(len(example.input_ids) for example in examples)
+    pad = encoder.tokenizer.pad_token_id if encoder.tokenizer is not None else 0
+
+    def rows(values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(v, (0, width - len(v)), value=fill) for v in values])
+
+    batch = {
+        "input_ids": rows([e.input_ids for e in examples], pad),
+        "attention_mask": rows([torch.ones_like(e.input_ids) for e in examples], 0),
+        "labels": rows([e.labels for e in examples], IGNORED),
+    }
+    if (images := Pictures.join([e.images for e in examples])) is not None:
+        batch |= {"pixel_values": images.pixel_values, "grid_thw": images.grid_thw}
+    if (helpers := Pictures.join([e.helpers for e in examples])) is not None:
+        batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.grid_thw}
+    return batch

@@ -1,0 +1,283 @@
+"""Recipes: everything a training run needs, in one YAML file.
+
+A recipe is a tree of frozen dataclasses. Unknown keys, wrong types and impossible values are refused with the
+file, the line and the key. `key=value` overrides use dots: `train.max_steps=50 output_dir=runs/x`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.config import STOP_RULES
+from mirage_vlm.modeling.feedback import FEEDBACKS
+from mirage_vlm.modeling.pooling import POOLINGS
+from mirage_vlm.modeling.scratch import ScratchConfig
+
+STAGES = ("sft", "stage1", "stage2")
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank adapters by peft on the language model; the latent tokens' embeddings are trained with them.
+
+    `modules` are the suffixes of the linear layers that get an adapter.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.0
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """One source of examples: a JSONL file (or `datasets` folder), or a task whose maps are drawn as needed.
+
+    Attributes:
+        path: a file of `mirage data make`, the reference implementation's format, or a datasets folder.
+        task, levels, n, seed, style: a generated source; see `mirage_vlm.tasks.make.GeneratedDataset`.
+    """
+
+    path: str | None = None
+    task: str | None = None
+    levels: tuple[int, ...] = (3, 4, 5, 6)
+    n: int = 1000
+    seed: int = 0
+    style: str = "direct"
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Where the weights come from and what of them is trained.
+
+    Attributes:
+        path: a checkpoint folder or hub name; latent tokens are added where it has none.
+        scratch: sizes of a small model to start from nothing, instead of `path`.
+        tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
+        latent_size, pooling, feedback, stop_rule, image_scale: as in `LatentConfig`; None keeps the checkpoint's.
+        attn: attention implementation of transformers; None leaves it to transformers.
+        dtype: `float32` or `bfloat16`, of the weights.
+        freeze_vision: keep the vision tower as it is.
+        lora: train adapters instead of the weights.
+    """
+
+    path: str | None = None
+    scratch: ScratchConfig | None = None
+    tokenizer_data: tuple[DataRecipe, ...] = ()
+    latent_size: int | None = None
+    pooling: str | None = None
+    feedback: str | None = None
+    stop_rule: str | None = None
+    image_scale: float | None = None
+    attn: str | None = None
+    dtype: str = "float32"
+    freeze_vision: bool = True
+    lora: LoraRecipe | None = None
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Weights of the loss terms. `ce` is the paper's γ; `align` weighs 1 − cosine (stage 1 only)."""
+
+    ce: float = 0.1
+    align: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Optimisation, handed to `transformers.TrainingArguments`.
+
+    Attributes:
+        epochs, max_steps: length of the run; `max_steps` above 0 wins.
+        batch_size: examples of a process in one forward pass; times `accumulate` and processes gives the batch.
+        warmup: steps, or a share of them when below 1.
+        bucket: draw batches of examples of similar size.
+        save_every: steps between checkpoints; `keep` of them are kept.
+        report_to: the Trainer's loggers (`tensorboard`, `wandb`, …).
+    """
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-5
+    scheduler: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    bucket: bool = True
+    workers: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Attributes:
+        stage: `sft` (cross-entropy, no spans), `stage1` (targets in place of latents) or `stage2` (own latents).
+        output_dir: where checkpoints, metrics and the final model go.
+    """
+
+    stage: str
+    output_dir: str
+    model: ModelRecipe
+    data: tuple[DataRecipe, ...]
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are saved beside every checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides.
+
+    Raises:
+        MirageError: the file cannot be read, or a key or value is wrong; the message names file, line and key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text)
+    except (OSError, UnicodeDecodeError) as fault:
+        raise MirageError(f"{path}: cannot read the recipe: {fault}") from fault
+    except yaml.YAMLError as fault:
+        raise MirageError(f"{path}: not valid YAML: {' '.join(str(fault).split())}") from fault
+    if not isinstance(tree, yaml.MappingNode):
+        raise MirageError(f"{path}: a recipe is a mapping of keys to values")
+    lines: dict[str, int] = {}
+    values = _plain(tree, "", lines)
+    origin = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, sep, raw = override.partition("=")
+        if not sep:
+            raise MirageError(f"override {override!r} must be key=value")
+        _override(values, key, yaml.safe_load(raw) if raw else None)
+        origin[key] = f"override {override!r}"
+    recipe = _build(Recipe, values, "", origin, str(path))
+    _check(recipe, origin, str(path))
+    return recipe
+
+
+def _plain(node: yaml.Node, key: str, lines: dict[str, int]) -> Any:
+    """YAML nodes as plain values, recording the line of every key."""
+    lines[key] = node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        found: dict[str, Any] = {}
+        for name, value in node.value:
+            child = f"{key}.{name.value}" if key else str(name.value)
+            found[name.value] = _plain(value, child, lines)
+            lines[child] = name.start_mark.line + 1
+        return found
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, f"{key}[{i}]", lines) for i, item in enumerate(node.value)]
+    return yaml.safe_load(yaml.serialize(node))
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    place: Any = values
+    for name in path:
+        if isinstance(place, dict):
+            place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise MirageError(f"override {key!r}: {name!r} is not a group of keys (lists are set whole)")
+    place[last] = value
+
+
+def _build(kind: Any, value: Any, key: str, origin: dict[str, str], path: str) -> Any:
+    """A value of the annotated type, or a MirageError that says where it went wrong."""
+
+    def fail(message: str) -> typing.NoReturn:
+        raise MirageError(f"{_where(origin, key, path)}: {key or 'the recipe'}: {message}")
+
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(arm for arm in kind.__args__ if arm is not types.NoneType), value, key, origin, path)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            fail(f"expected a list, got {value!r}")
+        item = typing.get_args(kind)[0]
+        return tuple(_build(item, v, f"{key}[{i}]", origin, path) for i, v in enumerate(value))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            fail(f"expected keys and values, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                near = difflib.get_close_matches(str(name), hints, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(hints)}"
+                child = f"{key}.{name}" if key else str(name)
+                raise MirageError(f"{_where(origin, child, path)}: unknown key {child!r}{hint}")
+        required = [
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in value
+        ]
+        if required:
+            fail(f"missing {', '.join(required)}")
+        inner = {n: _build(hints[n], v, f"{key}.{n}" if key else n, origin, path) for n, v in value.items()}
+        return kind(**inner)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            fail(f"expected a number, got {value!r}")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        fail(f"expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _where(origin: dict[str, str], key: str, path: str) -> str:
+    """Place of the nearest enclosing key that is known."""
+    while key and key not in origin:
+        key = key.rpartition(".")[0] if "." in key else key.rpartition("[")[0]
+    return origin.get(key, path)
+
+
+def _check(recipe: Recipe, origin: dict[str, str], path: str) -> None:
+    """What types cannot say."""
+
+    def require(holds: bool, key: str, message: str) -> None:
+        if not holds:
+            raise MirageError(f"{_where(origin, key, path)}: {key}: {message}")
+
+    def one_of(value: Any, key: str, choices: Sequence[str]) -> None:
+        require(value is None or value in choices, key, f"{value!r} is not one of {', '.join(choices)}")
+
+    model, train = recipe.model, recipe.train
+    one_of(recipe.stage, "stage", STAGES)
+    require((model.path is None) != (model.scratch is None), "model", "give one of path and scratch")
+    one_of(model.pooling, "model.pooling", list(POOLINGS))
+    one_of(model.feedback, "model.feedback", list(FEEDBACKS))
+    one_of(model.stop_rule, "model.stop_rule", STOP_RULES)
+    one_of(model.dtype, "model.dtype", ("float32", "bfloat16"))
+    require(model.latent_size is None or model.latent_size > 0, "model.latent_size", "must be positive")
+    require(bool(recipe.data), "data", "give at least one source")
+    for i, source in enumerate(recipe.data):
+        require((source.path is None) != (source.task is None), f"data[{i}]", "give one of path and task")
+        require(source.n > 0, f"data[{i}].n", "must be positive")
+    for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+        require(getattr(train, name) > 0, f"train.{name}", "must be positive")
+    require(train.learning_rate > 0, "train.learning_rate", "must be positive")

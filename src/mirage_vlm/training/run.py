@@ -1,0 +1,163 @@
+"""From a recipe to a trained model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.checkpoint import has_latents, save
+from mirage_vlm.modeling.latent_vlm import LatentVLM
+from mirage_vlm.modeling.scratch import build
+from mirage_vlm.training.data import Collator, Examples, open_source
+from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
+from mirage_vlm.training.trainer import METRICS_FILE, LatentTrainer, MetricsFile
+from mirage_vlm.trajectory import Text
+
+FINAL = "final"
+TOKENIZER_SAMPLE = 4000
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Run a recipe.
+
+    Args:
+        resume: go on from the newest checkpoint in `output_dir`; starts afresh where there is none.
+
+    Returns:
+        The folder of the final model, `output_dir/final`.
+
+    Raises:
+        MirageError: the data, the model or the output folder is not as the recipe needs it.
+    """
+    output = Path(recipe.output_dir)
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if last is not None and not resume:
+        raise MirageError(f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir")
+    examples = Examples([open_source(source) for source in recipe.data])
+    if recipe.stage == "sft" and examples[0].spans:
+        raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
+    set_seed(recipe.train.seed)
+    vlm = prepare_model(recipe, examples)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    trainer = LatentTrainer(
+        vlm,
+        recipe,
+        training_arguments(recipe),
+        train_dataset=examples,
+        data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1"),
+        callbacks=[MetricsFile(output / METRICS_FILE)],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        merge_adapters(vlm)
+        save(vlm, output / FINAL)
+    trainer.accelerator.wait_for_everyone()
+    return output / FINAL
+
+
+def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
+    """The model of a recipe, ready to train: latent tokens added, frozen and adapted as it says."""
+    wanted: ModelRecipe = recipe.model
+    latent = {
+        name: value
+        for name in ("latent_size", "pooling", "feedback", "stop_rule", "image_scale")
+        if (value := getattr(wanted, name)) is not None
+    }
+    if wanted.scratch is not None:
+        corpus = Examples([open_source(s) for s in wanted.tokenizer_data]) if wanted.tokenizer_data else examples
+        vlm = build(wanted.scratch, _sample_texts(corpus), recipe.train.seed, wanted.attn, **latent)
+    else:
+        assert wanted.path is not None
+        options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), "attn": wanted.attn}
+        if has_latents(wanted.path):
+            vlm = LatentVLM.from_pretrained(wanted.path, **options, **latent)
+        else:
+            vlm = LatentVLM.from_base(wanted.path, **options, **latent)
+    vlm.vision_tower.requires_grad_(not wanted.freeze_vision)
+    if wanted.lora is not None:
+        add_adapters(vlm, wanted.lora)
+    if recipe.train.gradient_checkpointing:
+        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return vlm
+
+
+def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
+    """Low-rank adapters on the decoder; beside them only the latent tokens' embedding rows are trained."""
+    wanted = {
+        name
+        for name, module in vlm.model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and name.rpartition(".")[2] in lora.modules
+        and module in set(vlm.language_model.modules())
+    }
+    if not wanted:
+        raise MirageError(f"model.lora.modules: no layer of the decoder is named {', '.join(lora.modules)}")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(wanted),
+        trainable_token_indices={
+            "embed_tokens": [vlm.config.start_id, vlm.config.pad_id, vlm.config.end_id],
+        },
+    )
+    inject_adapter_in_model(config, vlm.model)
+
+
+def merge_adapters(vlm: LatentVLM) -> None:
+    """Fold adapters into the weights, so that the model is a plain checkpoint again."""
+    for name, module in list(vlm.model.named_modules()):
+        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+            module.merge()
+            parent = vlm.model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """A recipe's `train` section in the Trainer's terms."""
+    train = recipe.train
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.beta2,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        bf16=train.bf16,
+        dataloader_num_workers=train.workers,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        save_steps=train.save_every,
+        save_strategy="steps",
+        report_to=list(train.report_to) or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,
+    )
+
+
+def _sample_texts(examples: Examples) -> list[str]:
+    """Texts of an even sample of the data, for training a tokenizer."""
+    step = max(1, len(examples) // TOKENIZER_SAMPLE)
+    texts = []
+    for i in range(0, len(examples), step):
+        trajectory = examples[i]
+        segments = [segment for message in trajectory.messages for segment in message.segments]
+        texts += [segment.text for segment in segments if isinstance(segment, Text)]
+    return texts

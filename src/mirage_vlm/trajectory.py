@@ -1,0 +1,174 @@
+"""Trajectories: the one object that data files, collators, decoding and reports all speak of.
+
+A trajectory is a conversation whose messages are lists of segments: text, image, latent span. In training data
+a latent span names its helper image; in a decoded trajectory it holds the k latent vectors. Files are read and
+written by `mirage_vlm.formats`.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+from mirage_vlm.errors import MirageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture, given as a path, an http(s) or data URL, a PIL image, or a function that draws it.
+
+    Drawing functions keep synthetic data sets small: nothing is rendered before `load` is called.
+    """
+
+    source: str | Path | PIL.Image.Image | Callable[[], PIL.Image.Image]
+
+    def load(self) -> PIL.Image.Image:
+        """The picture in RGB.
+
+        Raises:
+            MirageError: it cannot be found, fetched or decoded.
+        """
+        try:
+            return self._open().convert("RGB")
+        except (OSError, ValueError, http.client.HTTPException, PIL.Image.DecompressionBombError) as fault:
+            raise MirageError(f"cannot read the picture {self}: {fault}") from fault
+
+    def _open(self) -> PIL.Image.Image:
+        source = self.source
+        if isinstance(source, PIL.Image.Image):
+            return source
+        if callable(source):
+            return source()
+        if isinstance(source, str) and source.startswith("data:"):
+            head, _, payload = source.partition(",")
+            if not head.endswith(";base64"):
+                raise ValueError("a data URL must be base64")
+            return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=30) as reply:
+                return PIL.Image.open(io.BytesIO(reply.read()))
+        return PIL.Image.open(source)
+
+    def __str__(self) -> str:
+        if isinstance(self.source, str | Path):
+            name = str(self.source)
+            return name if len(name) <= 80 else name[:77] + "..."
+        return "(in memory)"
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSpan:
+    """A span of k latent tokens in a response.
+
+    Attributes:
+        helper: the helper image whose compressed features are the targets of the latents (training data).
+        k: number of latent tokens; None leaves it to the model's `latent_size`.
+        latents: [k, D] the latent vectors that were consumed (decoded trajectories).
+    """
+
+    helper: Image | None = None
+    k: int | None = None
+    latents: torch.Tensor | None = None
+
+
+Segment = Text | Image | LatentSpan
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: a role (`system`, `user` or `assistant`) and its segments in order."""
+
+    role: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the decoder adds to a trajectory.
+
+    Attributes:
+        token_ids: the response's tokens, latent positions as `latent_pad`, without the end-of-turn token.
+        finish_reason: `stop` (end of turn) or `length` (a limit was reached).
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A conversation with pictures and latent spans, and what is known of it.
+
+    Attributes:
+        messages: the turns; the last is the assistant's where there is a response.
+        task: name of the task whose checker scores the answer.
+        answer: the reference answer.
+        meta: anything JSON can hold (the map, its level, an id).
+        decoding: set on trajectories that a model has decoded.
+    """
+
+    messages: tuple[Message, ...]
+    task: str | None = None
+    answer: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    decoding: Decoding | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the response."""
+        return self.messages[:-1] if self.messages and self.messages[-1].role == "assistant" else self.messages
+
+    @property
+    def response(self) -> tuple[Segment, ...]:
+        """The segments of the final assistant turn; empty where there is none."""
+        return self.messages[-1].segments if self.messages and self.messages[-1].role == "assistant" else ()
+
+    @property
+    def text(self) -> str:
+        """The text of the response, spans left out."""
+        return "".join(segment.text for segment in self.response if isinstance(segment, Text))
+
+    @property
+    def spans(self) -> tuple[LatentSpan, ...]:
+        """The latent spans of the response."""
+        return tuple(segment for segment in self.response if isinstance(segment, LatentSpan))
+
+    def images(self) -> Iterator[Image]:
+        """The pictures of the prompt, in order (helper images are not among them)."""
+        for message in self.prompt:
+            for segment in message.segments:
+                if isinstance(segment, Image):
+                    yield segment
+
+    def with_response(self, segments: tuple[Segment, ...], decoding: Decoding | None = None) -> Trajectory:
+        """The same prompt with another response."""
+        messages = (*self.prompt, Message("assistant", segments))
+        return replace(self, messages=messages, decoding=decoding)
+
+
+def user_turn(*segments: Segment | str) -> Message:
+    """A user message; strings become text."""
+    return Message("user", tuple(Text(part) if isinstance(part, str) else part for part in segments))
+
+
+def assistant_turn(*segments: Segment | str) -> Message:
+    """An assistant message; strings become text."""
+    return Message("assistant", tuple(Text(part) if isinstance(part, str) else part for part in segments))
