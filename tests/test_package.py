@@ -36,6 +36,9 @@ FLOORS = {
     "__main__": 5,
 }
 
+# The one exception: `vlm.generate(…)` is the model's own verb, and calls the decoder when it is used.
+VERBS = {("mirage_vlm.modeling.latent_vlm", "mirage_vlm.decoding.generate")}
+
 
 @dataclass(frozen=True)
 class Import:
@@ -118,6 +121,8 @@ def test_imports_never_go_upward():
     upward = []
     for found in imports():
         if not _part(found.importer) or not _is_ours(found.target):
+            continue
+        if (found.importer, found.target) in VERBS and not found.at_import_time:
             continue
         if target := _part(found.target):
             allowed = FLOORS[target] <= FLOORS[_part(found.importer)]

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import PIL.Image
 
@@ -22,6 +22,9 @@ from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
     import torch
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,19 @@ class Image:
         Raises:
             MirageError: it cannot be found, fetched or decoded.
         """
+        return self._guarded(lambda: self._open().convert("RGB"))
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels; of a file only the head is read.
+
+        Raises:
+            MirageError: as `load`.
+        """
+        return self._guarded(lambda: self._open().size)
+
+    def _guarded(self, read: Callable[[], T]) -> T:
         try:
-            return self._open().convert("RGB")
+            return read()
         except (OSError, ValueError, http.client.HTTPException, PIL.Image.DecompressionBombError) as fault:
             raise MirageError(f"cannot read the picture {self}: {fault}") from fault
 

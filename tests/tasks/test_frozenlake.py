@@ -15,6 +15,7 @@ from mirage_vlm.tasks.frozenlake import (
     moves_of,
     narrate,
     parse_cell,
+    search_waves,
     shortest_path,
     simulate,
 )
@@ -116,3 +117,20 @@ def test_narrate():
     assert narrate([(2, 1), (1, 1), (1, 2)], "UR") == "r3c2 up r2c2 right r2c3"
     assert moves_of([(2, 1), (1, 1), (1, 2)]) == "UR"
     assert set(MOVES) == set("UDLR")
+
+
+def test_search_waves_are_the_distances_to_the_goal_as_far_as_the_start():
+    rng = random.Random(2)
+    for _ in range(60):
+        maze = generate_maze(rng.randint(3, 6), rng)
+        free = [cell for cell in maze.cells() if maze[cell] != "H"]
+        distance = {cell: 0 if cell == maze.goal else len(free) for cell in free}
+        for _ in free:  # Bellman and Ford
+            for cell in free:
+                nearest = min(distance.get(maze.step(cell, move), len(free)) for move in MOVES)
+                distance[cell] = min(distance[cell], nearest + 1)
+        waves = search_waves(maze)
+        assert waves[-1][-1] == maze.start and distance[maze.start] == len(waves)
+        for i, wave in enumerate(waves, start=1):
+            wanted = {cell for cell in free if distance[cell] == i}
+            assert len(set(wave)) == len(wave) and (set(wave) == wanted or (i == len(waves) and set(wave) < wanted))

@@ -172,13 +172,13 @@ def test_exact_texts():
     record = {"level": 3, "map": ["FFG", "HFF", "FSH"]}
     assert parts(from_record(record)) == [LatentSpan, r"\boxed{U,U,R}"]
     assert parts(from_record(record, "cot")) == [
-        "<think>The elf is at r3c2 and the gift is at r1c3. ",
+        "<think>The elf is at r3c2 and the gift is at r1c3. Distance from the gift: r2c3 r1c2; r2c2 r1c1; r3c2.",
         LatentSpan,
         r" Path: r3c2 up r2c2 up r1c2 right r1c3.</think>\boxed{U,U,R}",
     ]
     question = from_record({"steps": 3, "map": record["map"], "plan": "DUL", "safe": False}, "cot")
     assert parts(question) == [
-        "<think>The elf is at r3c2. ",
+        "<think>The elf is at r3c2.",
         LatentSpan,
         r" Walk: r3c2 down r3c2 up r2c2 left r2c1 hole.</think>\boxed{B}",
     ]

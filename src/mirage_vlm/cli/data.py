@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mirage_vlm.cli.options import parse_levels
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def make(
 
         write_dataset(
             task,
-            _parse_levels(levels),
+            parse_levels(levels),
             n,
             out,
             seed=seed,
@@ -150,13 +151,6 @@ def _read_plain(record: dict[str, Any]) -> Trajectory:
     from mirage_vlm.tasks import from_record
 
     return from_record(record)
-
-
-def _parse_levels(text: str) -> list[int]:
-    try:
-        return [int(level) for level in text.split(",")]
-    except ValueError:
-        raise MirageError(f"--levels must be numbers such as 3,4,5,6, not {text!r}") from None
 
 
 def _count(n: int, noun: str) -> str:

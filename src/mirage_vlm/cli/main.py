@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import data
+from mirage_vlm.cli import data, evaluate, solve, train
 from mirage_vlm.errors import MirageError
 
 app = typer.Typer(
@@ -22,6 +22,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(solve.demo)
+app.command()(solve.solve)
+app.command("eval")(evaluate.evaluate)
+app.command()(train.train)
 app.add_typer(data.app)
 
 

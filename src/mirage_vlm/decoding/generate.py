@@ -132,7 +132,7 @@ class _Row:
             token = self.forced.popleft()
         elif self.open:
             assert logits is not None
-            more = len(self.spans[-1]) < self.k and logits[latent.pad_id] >= logits[latent.end_id]
+            more = len(self.spans[-1]) < self.k and bool(logits[latent.pad_id] >= logits[latent.end_id])
             token = latent.pad_id if more else latent.end_id
             self.open = more
         else:

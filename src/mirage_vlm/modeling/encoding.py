@@ -113,14 +113,27 @@ class Encoder:
         if not images:
             return None
         loaded = [image.load() for image in images]
-        if (scale := self.config.image_scale) != 1.0:
-            sizes = [(max(1, round(p.width * scale)), max(1, round(p.height * scale))) for p in loaded]
-            loaded = [p.resize(size, Resampling.BICUBIC) for p, size in zip(loaded, sizes, strict=True)]
+        if self.config.image_scale != 1.0:
+            loaded = [p.resize(self._scaled(p.size), Resampling.BICUBIC) for p in loaded]
         try:
             processed = self.image_processor(images=loaded, return_tensors="pt")
         except ValueError as fault:
             raise MirageError(f"cannot process {', '.join(map(str, images))}: {fault}") from fault
         return Pictures(processed["pixel_values"], processed["image_grid_thw"])
+
+    def check_span(self, span: LatentSpan) -> None:
+        """Whether a span can be trained on, from the size of its helper image alone.
+
+        Raises:
+            MirageError: it has no helper image, the picture cannot be opened, or k is larger than its patches.
+        """
+        width, height = self._scaled(_helper(span).size())
+        patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
+        span_length(self.config.pooling, patches, span.k or self.config.latent_size, span.helper)
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        scale = self.config.image_scale
+        return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def _span_length(self, span: LatentSpan, grid: torch.Tensor | None) -> int:
         k = span.k or self.config.latent_size

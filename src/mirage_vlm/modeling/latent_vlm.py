@@ -130,7 +130,7 @@ class LatentVLM(nn.Module):
         return self.family.vision_tower(self.model)
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.family.language_model(self.model)
 
     def positions(

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -49,11 +48,11 @@ class SegmentCache(Cache):
 
     def next(self) -> SegmentCache:
         """The cache that holds this segment too. Call it after the forward pass."""
-        return SegmentCache(len(self.layers), [layer.grown for layer in self.layers])  # type: ignore[attr-defined]
+        return SegmentCache(len(self.layers), [layer.grown for layer in self.layers])
 
 
 @contextmanager
-def checkpoint_with_cache(language_model: nn.Module) -> Iterator[None]:
+def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
     """Within, decoder layers that have gradient checkpointing on are checkpointed with their cache kept.
 
     Only valid with a `SegmentCache`. Non-reentrant checkpointing is used, since keys and values leave the layer

@@ -160,6 +160,30 @@ def shortest_path(maze: Maze) -> tuple[Cell, ...] | None:
     return None
 
 
+def search_waves(maze: Maze) -> tuple[tuple[Cell, ...], ...]:
+    """Breadth-first search from the goal until it meets the start: the cells at distance 1, 2, …, in queue order.
+
+    Neighbours are tried in the order U, D, L, R. The last wave ends with the start; where no way leads there, the
+    waves cover all that can be reached.
+    """
+    seen, wave = {maze.goal}, [maze.goal]
+    waves: list[tuple[Cell, ...]] = []
+    while wave:
+        found: list[Cell] = []
+        for cell in wave:
+            for move in MOVES:
+                nearby = maze.step(cell, move)
+                if nearby not in seen and maze[nearby] != "H":
+                    seen.add(nearby)
+                    found.append(nearby)
+                    if nearby == maze.start:
+                        return (*waves, tuple(found))
+        if found:
+            waves.append(tuple(found))
+        wave = found
+    return tuple(waves)
+
+
 def moves_of(path: Sequence[Cell]) -> str:
     """The moves (`UUR`) that lead along a path of neighbouring cells."""
     letter_of = {offset: letter for letter, offset in MOVES.items()}

@@ -17,6 +17,7 @@ from mirage_vlm.tasks.frozenlake import (
     generate_maze,
     moves_of,
     narrate,
+    search_waves,
     shortest_path,
     simulate,
 )
@@ -77,7 +78,11 @@ class Planning(Task):
         moves = moves_of(path)
         answer = ",".join(moves)
         span = LatentSpan(helper=Image(partial(draw_maze, maze, cell, path=path)))
-        before = f"The elf is at {cell_name(maze.start)} and the gift is at {cell_name(maze.goal)}. "
+        waves = "; ".join(" ".join(map(cell_name, wave)) for wave in search_waves(maze))
+        before = (
+            f"The elf is at {cell_name(maze.start)} and the gift is at {cell_name(maze.goal)}. "
+            f"Distance from the gift: {waves}."
+        )
         after = f" Path: {narrate(path, moves)}."
         return Trajectory(
             messages=(
@@ -133,7 +138,7 @@ class Reasoning(Task):
         half_way = walk.cells[(walk.executed + 1) // 2]
         answer = _LETTER_OF[walk.outcome]
         span = LatentSpan(helper=Image(partial(draw_maze, maze, cell, elf=half_way)))
-        before = f"The elf is at {cell_name(maze.start)}. "
+        before = f"The elf is at {cell_name(maze.start)}."
         after = f" Walk: {narrate(walk.cells, plan)} {_LAST_WORD[walk.outcome]}."
         return Trajectory(
             messages=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.training.recipe import DataRecipe
+
+
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Examples(Dataset[Trajectory]):
@@ -58,13 +62,29 @@ def open_source(source: DataRecipe) -> Sequence[Trajectory]:
     return found
 
 
+def check_spans(encoder: Encoder, source: Sequence[Trajectory], where: str) -> None:
+    """Before a stage-1 run: every span has a helper image with enough patches for its k.
+
+    Of a file all examples are looked at (helper images are opened, not decoded); of a generated source one for
+    each level.
+
+    Raises:
+        MirageError: one has not; the message names the file and the example.
+    """
+    count = len(source.levels) if isinstance(source, GeneratedDataset) else len(source)
+    for i in range(min(count, len(source))):
+        for span in source[i].spans:
+            try:
+                encoder.check_span(span)
+            except MirageError as fault:
+                raise MirageError(f"{where}: example {i + 1}: {fault}") from fault
+
+
 def _sizes(source: Sequence[Trajectory]) -> Iterator[int]:
-    if isinstance(source, GeneratedDataset):
-        for i in range(len(source)):
-            yield source.levels[i % len(source.levels)] ** 2
-    else:
-        for trajectory in source:
-            yield len(trajectory.text)
+    """Words and signs of the response; of a generated source also the cells of its map."""
+    for i in range(len(source)):
+        cells = source.levels[i % len(source.levels)] ** 2 if isinstance(source, GeneratedDataset) else 0
+        yield cells + len(WORD.findall(source[i].text))
 
 
 class BucketSampler(Sampler[int]):

@@ -236,7 +236,7 @@ def _build(kind: Any, value: Any, key: str, origin: dict[str, str], path: str) -
         if required:
             fail(f"missing {', '.join(required)}")
         inner = {n: _build(hints[n], v, f"{key}.{n}" if key else n, origin, path) for n, v in value.items()}
-        return kind(**inner)
+        return typing.cast(Any, kind)(**inner)
     if kind is float and isinstance(value, str):  # YAML reads 1e-5 as a string
         try:
             return float(value)

@@ -15,7 +15,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.checkpoint import has_latents, save
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
-from mirage_vlm.training.data import Collator, Examples, open_source
+from mirage_vlm.training.data import Collator, Examples, check_spans, open_source
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.trainer import METRICS_FILE, LatentTrainer, MetricsFile
 from mirage_vlm.trajectory import Text
@@ -45,6 +45,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
     set_seed(recipe.train.seed)
     vlm = prepare_model(recipe, examples)
+    if recipe.stage == "stage1":
+        for source, opened in zip(recipe.data, examples.sources, strict=True):
+            check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
     trainer = LatentTrainer(
@@ -55,7 +58,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1"),
         callbacks=[MetricsFile(output / METRICS_FILE)],
     )
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except MirageError as fault:  # a collation worker wraps its traceback around the message
+        raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
         save(vlm, output / FINAL)

@@ -1,0 +1,118 @@
+"""`mirage eval`: accuracy of a checkpoint on a data file or on freshly made test maps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mirage_vlm.cli.data import Style
+from mirage_vlm.cli.options import load_model, parse_levels
+from mirage_vlm.errors import MirageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mirage_vlm.trajectory import Trajectory
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="A checkpoint folder or hub name, or `bundled`.")] = "bundled",
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Make held-out examples of this task instead.")] = None,
+    levels: Annotated[str, typer.Option(help="Side lengths of the maps made with --task.")] = "3,4,5,6",
+    n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,
+    style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
+    seed: Annotated[int, typer.Option(help="Seed of made examples and of sampling.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Take only the first examples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most positions of a response, latents included.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 64,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
+    trajectories: Annotated[Path | None, typer.Option(help="Write every decoded trajectory to this JSONL.")] = None,
+) -> None:
+    """Decode, score and count: accuracy by level, optimal plans, latent spans, invalid answers."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from mirage_vlm.decoding import GenerationConfig
+    from mirage_vlm.evaluation.evaluate import evaluate as run
+    from mirage_vlm.evaluation.evaluate import report, write_json
+    from mirage_vlm.formats import write_jsonl
+
+    examples = _examples(data, task, parse_levels(levels), n, style, seed)[:limit]
+    vlm = load_model(model, device)
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        return_latents=trajectories is not None,
+    )
+    started = time.perf_counter()
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        work = bar.add_task("decoding", total=len(examples))
+        scored = run(vlm, examples, generation, lambda done: bar.update(work, advance=done))
+    origin = {"path": str(data)} if data else {"task": task, "levels": parse_levels(levels), "n": n, "seed": seed}
+    results = report(scored, model=model, data={**origin, "style": style.value}, generation=generation, started=started)
+    if trajectories is not None:
+        write_jsonl(trajectories, [s.trajectory for s in scored])
+    if out is not None:
+        write_json(out, results)
+    _print(results)
+
+
+def _examples(
+    data: Path | None, task: str | None, levels: tuple[int, ...], n: int, style: Style, seed: int
+) -> Sequence[Trajectory]:
+    from mirage_vlm.formats import read_data
+    from mirage_vlm.tasks import from_record
+    from mirage_vlm.tasks.make import GeneratedDataset
+
+    if (data is None) == (task is None):
+        raise MirageError("say what to evaluate on: give one of --data and --task")
+    if data is not None:
+        plain_style = "direct" if style is Style.DIRECT else "cot"
+        return read_data(data, plain=lambda record: from_record(record, style=plain_style))
+    assert task is not None
+    made = GeneratedDataset(task, levels, n, seed, style.value, "test")
+    return [made[i] for i in range(len(made))]
+
+
+def _print(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    table = Table(
+        title=f"{results['model']}: {results['n']} examples in {results['seconds']:.1f} s", title_justify="left"
+    )
+    for heading in ("level", "n", "accuracy %", "± s.e.", "optimal %", "latent %", "invalid %", "latents", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, row in [*results["by_level"].items(), ("all", results)]:
+        if name == "all":
+            table.add_section()
+        table.add_row(
+            name,
+            str(row["n"]),
+            percent(row["accuracy"]),
+            percent(row["standard_error"]),
+            percent(row["optimal_rate"]),
+            percent(row["latent_rate"]),
+            percent(row["invalid_rate"]),
+            f"{row['latents_per_response']:.1f}",
+            f"{row['tokens_per_response']:.1f}",
+        )
+    Console().print(table)

@@ -1,0 +1,73 @@
+"""From a hidden state to the next input embedding."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.feedback import FEEDBACKS, build_feedback
+
+
+def test_identity_has_no_weights():
+    hidden = torch.randn(4, 7)
+    feedback = build_feedback("identity", 7)
+    assert torch.equal(feedback(hidden), hidden)
+    assert not list(feedback.parameters())
+
+
+def test_linear_starts_as_the_identity_and_learns():
+    hidden = torch.randn(4, 7)
+    feedback = build_feedback("linear", 7)
+    assert torch.equal(feedback(hidden), hidden)
+    with torch.no_grad():
+        feedback.proj.weight.normal_()
+        feedback.proj.bias.normal_()
+    rows = [[sum(w * h for w, h in zip(row, x, strict=True)) for row in feedback.proj.weight] for x in hidden]
+    expected = torch.tensor(rows) + feedback.proj.bias
+    torch.testing.assert_close(feedback(hidden), expected, atol=1e-5, rtol=1e-5)
+    feedback(hidden).sum().backward()
+    assert feedback.proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", sorted(FEEDBACKS))
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_every_feedback_keeps_the_shape(name, shape):
+    assert build_feedback(name, 7)(torch.randn(*shape, 7)).shape == (*shape, 7)
+
+
+def test_an_unknown_feedback():
+    with pytest.raises(MirageError, match="unknown feedback 'linaer'; choose one of identity, linear"):
+        build_feedback("linaer", 7)
+
+
+@pytest.mark.parametrize("name", ["identity", "linear"])
+def test_recast_feeds_back_at_latent_positions_only(tiny, name):
+    parts = copy.deepcopy(tiny)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, replace(tiny.config, feedback=name))
+    if name == "linear":
+        torch.nn.init.normal_(vlm.feedback.proj.weight)
+    table = vlm.model.get_input_embeddings().weight
+    pad, start, end = vlm.config.pad_id, vlm.config.start_id, vlm.config.end_id
+    tokens = torch.tensor([[pad, 11, start], [end, pad, pad]])
+    previous = torch.randn(2, 3, vlm.width)
+    found = vlm.recast(tokens, previous)
+    for row in range(2):
+        for column in range(3):
+            state, token = previous[row, column], int(tokens[row, column])
+            fed = vlm.feedback.proj.weight @ state if name == "linear" else state
+            expected = fed if token == pad else table[token]
+            torch.testing.assert_close(found[row, column], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(vlm.recast(tokens[0, 0], previous[0, 0]), found[0, 0]) or name == "linear"
+
+
+def test_the_feedback_takes_the_models_dtype(tiny):
+    parts = copy.deepcopy(tiny)
+    vlm = LatentVLM(
+        parts.model.to(torch.bfloat16), parts.tokenizer, parts.image_processor, replace(tiny.config, feedback="linear")
+    )
+    assert {p.dtype for p in vlm.feedback.parameters()} == {torch.bfloat16}
+    previous = torch.randn(1, vlm.width, dtype=torch.bfloat16)
+    assert vlm.recast(torch.tensor([vlm.config.pad_id]), previous).dtype == torch.bfloat16

@@ -1,0 +1,124 @@
+"""Compression against sums written out patch by patch."""
+
+import pytest
+import torch
+from support import batch_of, dialogue, distance, span
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, pool, span_length
+
+WIDTH = 5
+
+
+def features(height: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * height + width)
+    return torch.randn(height * width, WIDTH, generator=generator)
+
+
+def mean_of(patches: list[torch.Tensor]) -> torch.Tensor:
+    return sum(patches[1:], patches[0]) / len(patches)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "k", "chunk"),
+    [
+        (4, 6, 4, 6),
+        (3, 3, 4, 2),  # 9 = 4 · 2 + 1: the last patch is dropped
+        (5, 4, 7, 2),  # 20 = 7 · 2 + 6: the last six are
+        (2, 3, 6, 1),
+        (2, 3, 1, 6),
+        (2, 3, 5, 1),
+    ],
+)
+def test_average_cuts_raster_order_into_equal_chunks(height, width, k, chunk):
+    patches = features(height, width)
+    expected = [mean_of([patches[j * chunk + i] for i in range(chunk)]) for j in range(k)]
+    torch.testing.assert_close(pool(patches, (height, width), k, "average"), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "k", "rows", "columns"),
+    [
+        (4, 6, 6, 2, 3),
+        (6, 4, 6, 3, 2),
+        (2, 8, 4, 1, 4),
+        (8, 2, 4, 4, 1),
+        (4, 4, 4, 2, 2),
+        (5, 4, 4, 2, 2),  # 5 rows in 2: both halves take the middle one
+        (3, 3, 9, 3, 3),
+        (1, 5, 5, 1, 5),
+        (4, 5, 1, 1, 1),
+    ],
+)
+def test_grid_averages_over_the_lattice_nearest_in_shape(height, width, k, rows, columns):
+    patches = features(height, width)
+    expected = []
+    for row in range(rows):
+        for column in range(columns):
+            expected.append(
+                mean_of(
+                    [
+                        patches[y * width + x]
+                        for y in range(height)
+                        for x in range(width)
+                        if y + 1 > row * height / rows and y < (row + 1) * height / rows
+                        if x + 1 > column * width / columns and x < (column + 1) * width / columns
+                    ]
+                )
+            )
+    torch.testing.assert_close(pool(patches, (height, width), k, "grid"), torch.stack(expected))
+
+
+def test_random_takes_different_patches_in_raster_order():
+    patches = features(4, 4)
+    places = {tuple(patch.tolist()): i for i, patch in enumerate(patches)}
+    torch.manual_seed(0)
+    drawn = [[places[tuple(p.tolist())] for p in pool(patches, (4, 4), 5, "random")] for _ in range(200)]
+    assert all(len(set(chosen)) == 5 and chosen == sorted(chosen) for chosen in drawn)
+    counts = torch.tensor(drawn).flatten().bincount(minlength=16)
+    assert counts.min() > 30 and counts.max() < 100, "every patch is as likely: 62.5 of 1,000, standard deviation 6.6"
+    torch.manual_seed(0)
+    again = [places[tuple(p.tolist())] for p in pool(patches, (4, 4), 5, "random")]
+    assert again == drawn[0], "the global seed decides"
+
+
+def test_full_keeps_every_patch():
+    assert torch.equal(pool(features(3, 4), (3, 4), 2, "full"), features(3, 4))
+    assert span_length("full", 12, 2) == 12
+
+
+@pytest.mark.parametrize("name", sorted(POOLINGS))
+@pytest.mark.parametrize("k", range(1, 13))
+def test_every_pooling_gives_as_many_targets_as_span_length_says(name, k):
+    length = span_length(name, 12, k)
+    assert pool(features(3, 4), (3, 4), k, name).shape == (length, WIDTH)
+
+
+@pytest.mark.parametrize("name", ["average", "grid", "random"])
+def test_more_latents_than_patches(name):
+    with pytest.raises(MirageError, match=r"k = 7 .* 6 patches of h\.png: lower latent_size"):
+        span_length(name, 6, 7, "h.png")
+    with pytest.raises(MirageError, match="k = 7"):
+        pool(features(2, 3), (2, 3), 7, name)
+
+
+def test_an_unknown_pooling():
+    assert check_pooling("grid") == "grid"
+    with pytest.raises(MirageError, match="unknown pooling 'avg'; choose one of average, grid, random, full"):
+        check_pooling("avg")
+
+
+def test_targets_of_many_helpers_are_those_of_each_alone(tiny):
+    """Pictures of different sizes go through the tower together without seeing one another."""
+    spans = [span(1, 2, 3, 2), span(2, 5, 2, 4), span(3, 1, 1, 1)]
+    together = batch_of(tiny, [dialogue(["Go"], spans)])
+    with torch.no_grad():
+        found = tiny.targets(together.helper_pixel_values, together.helper_grid_thw, [2, 5, 1])
+        expected = []
+        for one in spans:
+            alone = batch_of(tiny, [dialogue(["Go"], [one])])
+            patches = tiny.model.model.get_image_features(alone.helper_pixel_values, alone.helper_grid_thw)[0]
+            patches = patches[0] if isinstance(patches, tuple | list) else patches
+            size = len(patches) // one.k
+            expected += [patches[j * size : (j + 1) * size].mean(dim=0) for j in range(one.k)]
+    assert distance(found, torch.stack(expected)) < 1e-5

@@ -1,0 +1,128 @@
+"""The bundled model: one meaning of a latent span everywhere, latents that are consumed, maps that are solved."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mirage_vlm.decoding import GenerationConfig
+from mirage_vlm.evaluation.evaluate import evaluate, summarise
+from mirage_vlm.formats import read_data
+from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.bundled import BUNDLED, BUNDLED_BASE, resolve
+from mirage_vlm.modeling.encoding import IGNORED, Encoded
+from mirage_vlm.tasks import from_record
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.data import collate
+from mirage_vlm.training.rollout import Batch, forward_own
+
+ROOT = Path(__file__).parent.parent
+VSP = Path(__file__).parent / "data" / "vsp"
+SHARED_VSP = ROOT.parent / "shared" / "vsp"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return LatentVLM.from_pretrained(resolve(BUNDLED))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """16 held-out prompts of both tasks, both styles and all levels."""
+    return [
+        GeneratedDataset(task, (level,), 1, 7, style, "test")[0]
+        for task in ("vsp-planning", "vsp-reasoning")
+        for style in ("direct", "cot")
+        for level in (3, 4, 5, 6)
+    ]
+
+
+@pytest.fixture(scope="module")
+def batched(vlm, prompts):
+    return vlm.generate(prompts, batch_size=16)
+
+
+def latents_of(trajectory):
+    return torch.cat([span.latents for span in trajectory.spans])
+
+
+def test_every_response_thinks_and_ends(batched):
+    for trajectory in batched:
+        assert trajectory.decoding.finish_reason == "stop"
+        assert [span.k for span in trajectory.spans] == [4]
+
+
+def test_a_batch_of_sixteen_decodes_as_one_at_a_time(vlm, prompts, batched):
+    for prompt, together in zip(prompts, batched, strict=True):
+        (alone,) = vlm.generate([prompt])
+        assert alone.decoding.token_ids == together.decoding.token_ids
+        torch.testing.assert_close(latents_of(alone), latents_of(together), atol=1e-4, rtol=1e-4)
+
+
+def test_stage_2_rolls_out_the_latents_and_tokens_of_decoding(vlm, batched):
+    examples = []
+    for trajectory in batched:
+        prompt, pictures = vlm.encoder.prompt(trajectory.prompt)
+        response = [*trajectory.decoding.token_ids, vlm.tokenizer.eos_token_id]
+        labels = torch.tensor([IGNORED] * len(prompt) + response)
+        examples.append(Encoded(torch.tensor(prompt + response), labels, pictures, None))
+    batch = Batch(**collate(examples, vlm.encoder))
+    with torch.no_grad():
+        hidden, latents = forward_own(vlm, batch)
+        chosen = vlm.logits(hidden[:, :-1]).argmax(dim=-1)
+    torch.testing.assert_close(latents, torch.cat([latents_of(t) for t in batched]), atol=1e-4, rtol=1e-4)
+    wanted = batch.labels[:, 1:]
+    text = (wanted != IGNORED) & (wanted != vlm.config.pad_id) & (wanted != vlm.config.end_id)
+    assert torch.equal(chosen[text], wanted[text])
+
+
+def test_latents_are_consumed(vlm, prompts, batched):
+    """With zeros in their place some rows say something else."""
+    silenced = vlm.generate(prompts, batch_size=16, latent_hook=lambda latents, rows, steps: torch.zeros_like(latents))
+    changed = [a.decoding.token_ids != b.decoding.token_ids for a, b in zip(batched, silenced, strict=True)]
+    assert any(changed)
+
+
+def test_a_sample_of_the_benchmark_is_solved(vlm):
+    examples = read_data(VSP / "planning.jsonl", plain=lambda record: from_record(record, style="cot"))
+    sample = [example for example in examples if example.meta["level"] <= 6][::6]
+    results = summarise(evaluate(vlm, sample, GenerationConfig(batch_size=32)))
+    assert results["n"] == 20
+    assert results["accuracy"] >= 0.85
+    assert results["latent_rate"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_part_is_solved(vlm):
+    """The measures that the model card states, on the benchmark's own maps and on held-out questions."""
+    planning = SHARED_VSP / "planning.jsonl"
+    if os.environ.get("CI") and not planning.exists():
+        pytest.fail("CI needs ../shared/vsp/planning.jsonl beside the repository")
+    if not planning.exists():
+        planning = VSP / "planning.jsonl"
+    examples = read_data(planning, plain=lambda record: from_record(record, style="cot"))
+    examples = [example for example in examples if example.meta["level"] <= 6]
+    results = summarise(evaluate(vlm, examples, GenerationConfig(batch_size=64)))
+    by_level = {level: row["accuracy"] for level, row in results["by_level"].items()}
+    assert sum(by_level.values()) / len(by_level) >= 0.95, by_level
+    assert by_level["6"] >= 0.85 and results["latent_rate"] == 1.0
+    made = GeneratedDataset("vsp-reasoning", (3, 4, 5, 6), 400, 0, "cot", "test")
+    results = summarise(evaluate(vlm, [made[i] for i in range(len(made))], GenerationConfig(batch_size=64)))
+    assert results["accuracy"] >= 0.97 and results["latent_rate"] == 1.0
+
+
+def test_size_and_card():
+    for name in (BUNDLED, BUNDLED_BASE):
+        folder = Path(resolve(name))
+        assert sum(path.stat().st_size for path in folder.rglob("*")) <= 40e6
+        assert {"README.md", "recipe.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+
+
+def test_the_base_can_read_maps():
+    base = LatentVLM.from_pretrained(resolve(BUNDLED_BASE))
+    made = GeneratedDataset("vsp-perception", (3, 4, 5, 6), 40, 5, "direct", "test")
+    results = summarise(evaluate(base, [made[i] for i in range(len(made))], GenerationConfig(batch_size=40)))
+    assert results["accuracy"] >= 0.8
