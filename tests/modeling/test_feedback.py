@@ -25,8 +25,12 @@ def test_linear_starts_as_the_identity_and_learns():
     with torch.no_grad():
         feedback.proj.weight.normal_()
         feedback.proj.bias.normal_()
-    rows = [[sum(w * h for w, h in zip(row, x, strict=True)) for row in feedback.proj.weight] for x in hidden]
-    expected = torch.tensor(rows) + feedback.proj.bias
+    weight, bias = feedback.proj.weight.tolist(), feedback.proj.bias.tolist()
+    rows = [
+        [b + sum(w * h for w, h in zip(r, x, strict=True)) for r, b in zip(weight, bias, strict=True)]
+        for x in hidden.tolist()
+    ]
+    expected = torch.tensor(rows)
     torch.testing.assert_close(feedback(hidden), expected, atol=1e-5, rtol=1e-5)
     feedback(hidden).sum().backward()
     assert feedback.proj.weight.grad is not None

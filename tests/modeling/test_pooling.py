@@ -117,8 +117,8 @@ def test_targets_of_many_helpers_are_those_of_each_alone(tiny):
         expected = []
         for one in spans:
             alone = batch_of(tiny, [dialogue(["Go"], [one])])
-            patches = tiny.model.model.get_image_features(alone.helper_pixel_values, alone.helper_grid_thw)[0]
-            patches = patches[0] if isinstance(patches, tuple | list) else patches
+            pixels, grid = alone.helper_pixel_values, alone.helper_grid_thw
+            patches = tiny.model.model.get_image_features(pixels, grid, return_dict=True).pooler_output[0]
             size = len(patches) // one.k
             expected += [patches[j * size : (j + 1) * size].mean(dim=0) for j in range(one.k)]
     assert distance(found, torch.stack(expected)) < 1e-5

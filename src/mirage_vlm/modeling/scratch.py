@@ -52,6 +52,8 @@ class ScratchConfig:
         vision_width, vision_layers, vision_heads, vision_mlp: the vision tower, all layers with full attention.
         patch: pixels of a patch side; a merged patch has twice that.
         context: most tokens of an example.
+        rope_theta: base of the rotary frequencies. Time gets the highest sixteenth of them, rows the next quarter and
+            columns the rest: with Qwen's own shares, heads this narrow could not tell neighbouring columns apart.
     """
 
     vocab_size: int = 1024
@@ -66,6 +68,7 @@ class ScratchConfig:
     vision_mlp: int = 256
     patch: int = 14
     context: int = 2048
+    rope_theta: float = 10000.0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -112,7 +115,8 @@ def build(
     """
     tokenizer = train_tokenizer(texts, shape.vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    quarter = shape.width // shape.heads // 2 // 4
+    half = shape.width // shape.heads // 2
+    time, down = max(1, half // 16), half // 4
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer) + 3,
@@ -124,9 +128,8 @@ def build(
             "max_position_embeddings": shape.context,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [shape.width // shape.heads // 2 - 2 * (quarter + quarter // 2)]
-                + [quarter + quarter // 2] * 2,
+                "rope_theta": shape.rope_theta,
+                "mrope_section": [time, down, half - time - down],
             },
             "tie_word_embeddings": False,
             "bos_token_id": None,

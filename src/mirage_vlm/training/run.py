@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -17,7 +20,7 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.data import Collator, Examples, check_spans, open_source
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
-from mirage_vlm.training.trainer import METRICS_FILE, LatentTrainer, MetricsFile
+from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
 from mirage_vlm.trajectory import Text
 
 FINAL = "final"
@@ -49,7 +52,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         for source, opened in zip(recipe.data, examples.sources, strict=True):
             check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
     trainer = LatentTrainer(
         vlm,
         recipe,
@@ -65,6 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
         save(vlm, output / FINAL)
+        shutil.copy(output / RECIPE_FILE, output / FINAL)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
 
@@ -96,7 +100,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
-    """Low-rank adapters on the decoder; beside them only the latent tokens' embedding rows are trained."""
+    """Low-rank adapters on the decoder; beside them only the latent tokens' rows are trained, in embeddings and head."""
     wanted = {
         name
         for name, module in vlm.model.named_modules()
@@ -106,14 +110,14 @@ def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
     }
     if not wanted:
         raise MirageError(f"model.lora.modules: no layer of the decoder is named {', '.join(lora.modules)}")
+    tokens = [vlm.config.start_id, vlm.config.pad_id, vlm.config.end_id]
+    tied = vlm.model.config.get_text_config().tie_word_embeddings
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=sorted(wanted),
-        trainable_token_indices={
-            "embed_tokens": [vlm.config.start_id, vlm.config.pad_id, vlm.config.end_id],
-        },
+        trainable_token_indices={"embed_tokens": tokens} if tied else {"embed_tokens": tokens, "lm_head": tokens},
     )
     inject_adapter_in_model(config, vlm.model)
 
@@ -121,10 +125,15 @@ def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
 def merge_adapters(vlm: LatentVLM) -> None:
     """Fold adapters into the weights, so that the model is a plain checkpoint again."""
     for name, module in list(vlm.model.named_modules()):
-        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, TrainableTokensWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        elif isinstance(module, LoraLayer):
             module.merge()
-            parent = vlm.model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+            plain = module.get_base_layer()
+        else:
+            continue
+        setattr(vlm.model.get_submodule(parent), child, plain)
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

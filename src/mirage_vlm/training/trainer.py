@@ -23,6 +23,7 @@ from mirage_vlm.training.rollout import Batch
 
 STAGE_LOSSES = {"sft": stage1, "stage1": stage1, "stage2": stage2}
 METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.json"
 TRAINABLE_FILE = "trainable.safetensors"
 
 
@@ -153,7 +154,7 @@ class LatentTrainer(transformers.Trainer):
             save_file(trainable, folder / TRAINABLE_FILE)
         else:
             write_checkpoint(self.vlm, folder)
-        (folder / "recipe.json").write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / RECIPE_FILE).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

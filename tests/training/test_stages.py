@@ -1,0 +1,399 @@
+"""Both stages against slow references: row by row, without cache, mask or padding."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from support import (
+    batch_of,
+    dialogue,
+    distance,
+    gradients,
+    picture,
+    ragged,
+    slow_cross_entropy,
+    slow_embeddings,
+    slow_forward,
+    slow_positions,
+    slow_rollout,
+    span,
+    split,
+)
+from torch import nn
+
+from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.training import losses
+from mirage_vlm.training.losses import stage1, stage2
+from mirage_vlm.training.rollout import Batch, span_runs
+
+WITHIN = 1e-5
+
+
+def slow_stage1(vlm: LatentVLM, row: Batch, detach: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stage 1 of one row: [T, D] hidden states, cross-entropy sum, 1 − cosine sum."""
+    ids = row.input_ids[0].tolist()
+    embeddings = slow_embeddings(vlm, row)
+    lengths = [end - start for start, end in span_runs(row.input_ids, vlm.config.pad_id)[0]]
+    targets: list[torch.Tensor] = []
+    if lengths:
+        helpers = vlm.model.model.get_image_features(row.helper_pixel_values, row.helper_grid_thw, return_dict=True)
+        for k, patches in zip(lengths, helpers.pooler_output, strict=True):
+            size = len(patches) // k
+            targets += [patches[j * size : (j + 1) * size].mean(dim=0) for j in range(k)]
+    if detach:
+        targets = [target.detach() for target in targets]
+    places = [t for t, token in enumerate(ids) if token == vlm.config.pad_id]
+    for t, target in zip(places, targets, strict=True):
+        embeddings[t] = target
+    hidden = slow_forward(vlm, row, embeddings)
+    align = hidden.new_zeros(())
+    for t, target in zip(places, targets, strict=True):
+        align = align + 1 - (target @ hidden[t - 1]) / (target.norm() * hidden[t - 1].norm())
+    return hidden, slow_cross_entropy(vlm, row, hidden), align
+
+
+def far_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The gradients that differ, and by how much."""
+    assert found.keys() == expected.keys() and found
+    apart = {name: distance(found[name], expected[name]) for name in found}
+    return {name: by for name, by in apart.items() if by > WITHIN}
+
+
+def check_stage1(vlm: LatentVLM, batch: Batch, detach: bool = True) -> None:
+    rows = [slow_stage1(vlm, row, detach) for row in split(vlm, batch)]
+    loss = stage1(vlm, batch, detach_targets=detach)
+    for i, (hidden, _, _) in enumerate(rows):
+        assert distance(loss.hidden[i, : len(hidden)], hidden) < WITHIN, f"hidden states of row {i}"
+    tokens = int((batch.labels[:, 1:] != -100).sum())
+    latents = int((batch.input_ids == vlm.config.pad_id).sum())
+    assert (loss.tokens, loss.latents) == (tokens, latents)
+    ce, align = sum(row[1] for row in rows) / tokens, sum(row[2] for row in rows) / latents
+    assert distance(loss.ce, ce) < WITHIN and distance(loss.align, align) < WITHIN
+    assert not far_apart(gradients(vlm, 0.1 * loss.ce + loss.align), gradients(vlm, 0.1 * ce + align))
+
+
+def check_stage2(vlm: LatentVLM, batch: Batch) -> None:
+    rows = split(vlm, batch)
+    slow = [slow_rollout(vlm, row) for row in rows]
+    loss = stage2(vlm, batch)
+    for i, (hidden, _) in enumerate(slow):
+        assert distance(loss.hidden[i, : len(hidden)], hidden) < WITHIN, f"hidden states of row {i}"
+        assert not loss.hidden[i, len(hidden) :].any(), "nothing is computed at padding"
+    expected = torch.cat([latents for _, latents in slow])
+    assert distance(loss.consumed, expected) < WITHIN, "latents"
+    assert loss.latents == len(expected)
+    ce = sum(slow_cross_entropy(vlm, row, hidden) for row, (hidden, _) in zip(rows, slow, strict=True))
+    assert loss.tokens == int((batch.labels[:, 1:] != -100).sum())
+    assert distance(loss.ce_sum, ce) < WITHIN, "cross-entropy"
+    assert not far_apart(gradients(vlm, loss.ce_sum), gradients(vlm, ce))
+
+
+@pytest.fixture
+def batch(tiny) -> Batch:
+    return batch_of(tiny, ragged())
+
+
+# -- the batch of the tests is what they need ------------------------------------------------------------------------
+
+
+def test_the_ragged_batch_is_ragged(tiny, batch):
+    runs = span_runs(batch.input_ids, tiny.config.pad_id)
+    assert [[end - start for start, end in row] for row in runs] == [[2], [], [3, 1], [4, 1], [5]]
+    assert len({row[0][0] for row in runs if row}) == 4, "spans begin at different places"
+    assert len(batch.grid_thw) == 4 and len(set(batch.attention_mask.sum(dim=1).tolist())) > 3
+    for row in split(tiny, batch):
+        positions = tiny.positions(row.input_ids, row.attention_mask, row.grid_thw)
+        assert torch.equal(positions, slow_positions(tiny, row)), "three-dimensional positions, written out"
+
+
+def test_span_runs(tiny):
+    pad = tiny.config.pad_id
+    ids = torch.tensor([[pad, pad, 1, pad, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, pad, pad, pad, pad]])
+    assert span_runs(ids, pad) == [[(0, 2), (3, 4)], [], [(2, 6)]]
+
+
+# -- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_stage1_is_the_sum_over_the_rows_alone(tiny, batch, detach):
+    check_stage1(tiny, batch, detach)
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_stage1_of_one_row(tiny, batch, row):
+    alone = split(tiny, batch)[row]
+    if (alone.input_ids == tiny.config.pad_id).any():
+        check_stage1(tiny, alone)
+    else:
+        hidden, ce, _ = slow_stage1(tiny, alone, True)
+        loss = stage1(tiny, alone)
+        assert distance(loss.hidden[0], hidden) < WITHIN and distance(loss.ce_sum, ce) < WITHIN
+        assert loss.align.item() == 0 and loss.latents == 0 and loss.consumed is None
+
+
+def test_without_spans_stage1_is_transformers_own_loss(tiny):
+    examples = [
+        dialogue([picture(2, 1, 0), "Which way?"], ["Go up, then right."]),
+        dialogue(["The hole is on the left.", picture(1, 1, 1), picture(2, 2, 2)], [r"\boxed{R}"]),
+        dialogue(["Go"], ["right, then down, then right"]),
+    ]
+    batch = batch_of(tiny, examples)
+    with torch.no_grad():
+        whole = tiny.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.grid_thw,
+            mm_token_type_ids=(batch.input_ids == tiny.family.image_token_id).int(),
+            labels=batch.labels,
+        )
+        for loss in (stage1(tiny, batch), stage2(tiny, batch)):
+            assert distance(loss.ce, whole.loss) < WITHIN
+    predicted = whole.logits[:, :-1].argmax(dim=-1) == batch.labels[:, 1:]
+    assert loss.correct == int(predicted.sum())
+
+
+def test_stage1_needs_the_helper_images(tiny):
+    with pytest.raises(ValueError, match="stage 1 needs the helper images"):
+        stage1(tiny, batch_of(tiny, ragged(), targets=False))
+
+
+# -- stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+def test_stage2_is_the_slow_rollout(tiny, batch):
+    check_stage2(tiny, batch)
+
+
+def test_stage2_with_a_learnt_feedback(fresh):
+    vlm = LatentVLM(
+        fresh.model, fresh.tokenizer, fresh.image_processor, replace(fresh.config, feedback="linear")
+    ).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        vlm.feedback.proj.weight.normal_(0, 0.2)
+        vlm.feedback.proj.bias.normal_(0, 0.2)
+    batch = batch_of(vlm, ragged(), targets=False)
+    check_stage2(vlm, batch)
+    assert gradients(vlm, stage2(vlm, batch).ce)["feedback.proj.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("row", range(5))
+def test_stage2_of_one_row(tiny, batch, row):
+    check_stage2(tiny, split(tiny, batch)[row])
+
+
+def test_stage2_does_not_care_for_the_order_of_rows(tiny):
+    with torch.no_grad():
+        forward = stage2(tiny, batch_of(tiny, ragged(), targets=False))
+        backward = stage2(tiny, batch_of(tiny, ragged()[::-1], targets=False))
+    assert distance(backward.hidden.flip(0), forward.hidden) < WITHIN
+    assert distance(backward.ce_sum, forward.ce_sum) < WITHIN
+
+
+@pytest.mark.parametrize("company", [2, 3])
+def test_a_row_does_not_feel_its_neighbours(tiny, company):
+    """Not even the length of their spans: a row of one latent stands beside one of five."""
+    examples = [dialogue(["Go"], ["up ", span(0, 1), " down"]), *ragged()[-company:]]
+    with torch.no_grad():
+        alone = stage2(tiny, batch_of(tiny, examples[:1], targets=False))
+        together = stage2(tiny, batch_of(tiny, examples, targets=False))
+    assert distance(together.hidden[0, : alone.hidden.shape[1]], alone.hidden[0]) < WITHIN
+
+
+# -- the gradient through the latents --------------------------------------------------------------------------------
+
+
+def detaching(recast: Callable) -> Callable:
+    return lambda token_ids, previous: recast(token_ids, previous.detach())
+
+
+def test_the_gradient_flows_through_every_latent(fresh, monkeypatch):
+    """The slope of the loss along the gradient, by finite differences; with latents detached it is another."""
+    batch = batch_of(fresh, ragged()[2:], targets=False)
+    weight = fresh.language_model.layers[0].mlp.down_proj.weight
+    own = torch.autograd.grad(stage2(fresh, batch).ce, weight)[0]
+    direction = own / own.norm()
+    with monkeypatch.context() as patch:
+        patch.setattr(fresh, "recast", detaching(fresh.recast))
+        cut = torch.autograd.grad(stage2(fresh, batch).ce, weight)[0]
+    values, step = [], 2e-3
+    with torch.no_grad():
+        for sign in (1, -1):
+            weight += sign * step * direction
+            values.append(stage2(fresh, batch).ce.item())
+            weight -= sign * step * direction
+    slope = (values[0] - values[1]) / (2 * step)
+    assert abs((own * direction).sum().item() - slope) < 0.01 * abs(slope)
+    assert abs((cut * direction).sum().item() - slope) > 0.05 * abs(slope)
+
+
+def test_the_first_latent_is_heard_at_the_end(tiny):
+    """A label after the span teaches, through all latents, the words before it."""
+    example = tiny.encoder.example(dialogue(["Go"], ["up ", span(0, 5), "!"]), targets=False)
+    batch = batch_of(tiny, [dialogue(["Go"], ["up ", span(0, 5), "!"])], targets=False)
+    batch.labels[:, :-1] = -100
+    assert batch.labels[0, -1] == example.input_ids[-1]
+    embeds = tiny.embed(batch.input_ids).detach().requires_grad_()
+    loss = stage2(tiny, batch)
+    (gradient,) = torch.autograd.grad(loss.ce, loss.consumed, retain_graph=True, allow_unused=True)
+    assert embeds.shape[:2] == batch.input_ids.shape
+    assert gradient is None, "what is handed out is gathered from the graph, it is not in it"
+    table = gradients(tiny, loss.ce)["model.model.language_model.embed_tokens.weight"]
+    assert table[tiny.config.start_id].abs().max() > 0
+
+
+# -- gradient checkpointing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_gradient_checkpointing_changes_nothing(fresh, batch, stage):
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    fresh.language_model.layers[0].self_attn.register_forward_hook(count)
+
+    def run() -> tuple[losses.StageLoss, dict[str, torch.Tensor], int]:
+        nonlocal calls
+        calls = 0
+        loss = getattr(losses, stage)(fresh, batch)
+        found = gradients(fresh, loss.ce + loss.align)
+        return loss, found, calls
+
+    fresh.train()
+    plain, expected, forwards = run()
+    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed, found, recomputed = run()
+    assert recomputed == 2 * forwards, "each layer is run again for the gradient"
+    assert distance(checkpointed.hidden, plain.hidden) == 0
+    assert torch.equal(checkpointed.ce_sum, plain.ce_sum) and torch.equal(checkpointed.align_sum, plain.align_sum)
+    assert not far_apart(found, expected)
+    _, again, recomputed = run()
+    assert recomputed == 2 * forwards, "the layers are left as they were found"
+    assert not far_apart(again, expected)
+    fresh.model.gradient_checkpointing_disable()
+    assert run()[2] == forwards
+
+
+def test_checkpointing_works_beside_a_frozen_table_and_tower(fresh, batch):
+    """With LoRA the embeddings have no gradient of their own, so that nothing a layer is given requires one."""
+    fresh.requires_grad_(False)
+    for layer in fresh.language_model.layers:
+        layer.self_attn.q_proj.weight.requires_grad_(True)
+    fresh.train()
+    expected = gradients(fresh, stage2(fresh, batch).ce)
+    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert not far_apart(gradients(fresh, stage2(fresh, batch).ce), expected)
+    assert len(expected) == 2 and all(gradient.abs().max() > 0 for gradient in expected.values())
+
+
+# -- the vision tower ------------------------------------------------------------------------------------------------
+
+
+def tower_norm(vlm: LatentVLM, loss: torch.Tensor) -> float:
+    found = gradients(vlm, loss)
+    return sum(g.norm().item() for name, g in found.items() if name.startswith("model.model.visual."))
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_frozen_tower_gets_no_gradient_and_no_graph(fresh, batch, stage):
+    expected = gradients(fresh, getattr(losses, stage)(fresh, batch).ce)
+    fresh.vision_tower.requires_grad_(False)
+    kept = []
+    patch = fresh.vision_tower.patch_embed
+    patch.register_forward_hook(lambda _, __, output: kept.append(output.requires_grad))
+    loss = getattr(losses, stage)(fresh, batch)
+    (loss.ce + loss.align).backward()
+    assert kept and not any(kept), "no graph is kept of the tower"
+    assert all(parameter.grad is None for parameter in fresh.vision_tower.parameters())
+    found = gradients(fresh, getattr(losses, stage)(fresh, batch).ce)
+    assert not far_apart(found, {name: expected[name] for name in found})
+
+
+def test_targets_teach_the_tower_only_where_they_are_asked_to(tiny):
+    no_picture = batch_of(tiny, [dialogue(["Go"], ["up ", span(0, 2), "!"])])
+    assert tower_norm(tiny, stage1(tiny, no_picture).align) == 0
+    assert tower_norm(tiny, stage1(tiny, no_picture, detach_targets=False).align) > 0
+    with_picture = batch_of(tiny, [dialogue(["Go", picture(2, 1, 0)], ["up ", span(0, 2), "!"])])
+    assert tower_norm(tiny, stage1(tiny, with_picture).align) > 0, "the prompt's picture is not a target"
+
+
+# -- these tests can fail --------------------------------------------------------------------------------------------
+
+
+def stale(recast: Callable) -> Callable:
+    """The state of one position earlier is fed back."""
+    seen: list[torch.Tensor] = []
+
+    def wrong(token_ids: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        seen.append(previous)
+        return recast(token_ids, seen[max(0, len(seen) - 2)])
+
+    return wrong
+
+
+def skipping(recast: Callable) -> Callable:
+    """The pad's own embedding is consumed, as where latents are silently skipped."""
+    return lambda token_ids, previous: recast(torch.zeros_like(token_ids), previous)
+
+
+def blurred(recast: Callable) -> Callable:
+    """The state of a neighbouring row is fed back."""
+    return lambda token_ids, previous: recast(token_ids, previous.roll(1, dims=0))
+
+
+@pytest.mark.parametrize("sabotage", [stale, skipping, blurred, detaching])
+def test_stage2_with_wrong_feedback_is_found_out(tiny, batch, monkeypatch, sabotage):
+    monkeypatch.setattr(tiny, "recast", sabotage(tiny.recast))
+    with pytest.raises(AssertionError):
+        check_stage2(tiny, batch)
+
+
+@pytest.mark.parametrize("check", [check_stage1, check_stage2])
+def test_wrong_positions_are_found_out(tiny, batch, monkeypatch, check):
+    """Positions of latents and what follows them are shifted by one."""
+    own = tiny.positions
+
+    def wrong(input_ids: torch.Tensor, *rest) -> torch.Tensor:
+        return own(input_ids, *rest) + ((input_ids == tiny.config.pad_id).cumsum(dim=1) > 0).long()
+
+    monkeypatch.setattr(tiny, "positions", wrong)
+    with pytest.raises(AssertionError):
+        check(tiny, batch)
+
+
+def test_alignment_shifted_by_one_is_found_out(tiny, batch, monkeypatch):
+    """The state at a latent, and not the one before it, is drawn towards the target."""
+    own = losses.forward_given
+    monkeypatch.setattr(losses, "forward_given", lambda *arguments: own(*arguments).roll(-1, dims=1))
+    with pytest.raises(AssertionError):
+        check_stage1(tiny, batch)
+
+
+def test_targets_in_the_wrong_rows_are_found_out(tiny, batch, monkeypatch):
+    own = tiny.targets
+    monkeypatch.setattr(tiny, "targets", lambda *args, **options: own(*args, **options).roll(1, dims=0))
+    with pytest.raises(AssertionError):
+        check_stage1(tiny, batch)
+
+
+def test_attention_to_padding_is_found_out(tiny, batch, monkeypatch):
+    """The mask of the rollout is all ones."""
+    own = tiny.language_model.forward
+
+    def wrong(*args, attention_mask=None, **options):
+        return own(*args, attention_mask=torch.ones_like(attention_mask), **options)
+
+    assert isinstance(tiny.language_model, nn.Module)
+    monkeypatch.setattr(tiny.language_model, "forward", wrong)
+    with pytest.raises(AssertionError):
+        hidden = stage2(tiny, batch).hidden
+        monkeypatch.undo()
+        for i, row in enumerate(split(tiny, batch)):
+            expected, _ = slow_rollout(tiny, row)
+            assert distance(hidden[i, : len(expected)], expected) < WITHIN
