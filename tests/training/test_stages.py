@@ -20,10 +20,9 @@ from support import (
     span,
     split,
 )
-from torch import nn
 
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.training import losses
+from mirage_vlm.training import losses, rollout
 from mirage_vlm.training.losses import stage1, stage2
 from mirage_vlm.training.rollout import Batch, span_runs
 
@@ -53,11 +52,10 @@ def slow_stage1(vlm: LatentVLM, row: Batch, detach: bool) -> tuple[torch.Tensor,
     return hidden, slow_cross_entropy(vlm, row, hidden), align
 
 
-def far_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The gradients that differ, and by how much."""
+def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys() and found
     apart = {name: distance(found[name], expected[name]) for name in found}
-    return {name: by for name, by in apart.items() if by > WITHIN}
+    assert max(apart.values()) < WITHIN, f"gradients: {apart}"
 
 
 def check_stage1(vlm: LatentVLM, batch: Batch, detach: bool = True) -> None:
@@ -69,8 +67,9 @@ def check_stage1(vlm: LatentVLM, batch: Batch, detach: bool = True) -> None:
     latents = int((batch.input_ids == vlm.config.pad_id).sum())
     assert (loss.tokens, loss.latents) == (tokens, latents)
     ce, align = sum(row[1] for row in rows) / tokens, sum(row[2] for row in rows) / latents
-    assert distance(loss.ce, ce) < WITHIN and distance(loss.align, align) < WITHIN
-    assert not far_apart(gradients(vlm, 0.1 * loss.ce + loss.align), gradients(vlm, 0.1 * ce + align))
+    assert distance(loss.ce, ce) < WITHIN, "cross-entropy"
+    assert distance(loss.align, align) < WITHIN, "1 - cosine"
+    check_gradients(gradients(vlm, 0.1 * loss.ce + loss.align), gradients(vlm, 0.1 * ce + align))
 
 
 def check_stage2(vlm: LatentVLM, batch: Batch) -> None:
@@ -81,12 +80,13 @@ def check_stage2(vlm: LatentVLM, batch: Batch) -> None:
         assert distance(loss.hidden[i, : len(hidden)], hidden) < WITHIN, f"hidden states of row {i}"
         assert not loss.hidden[i, len(hidden) :].any(), "nothing is computed at padding"
     expected = torch.cat([latents for _, latents in slow])
-    assert distance(loss.consumed, expected) < WITHIN, "latents"
-    assert loss.latents == len(expected)
+    assert loss.latents == len(expected) and (loss.consumed is None) == (len(expected) == 0)
+    if loss.consumed is not None:
+        assert distance(loss.consumed, expected) < WITHIN, "latents"
     ce = sum(slow_cross_entropy(vlm, row, hidden) for row, (hidden, _) in zip(rows, slow, strict=True))
     assert loss.tokens == int((batch.labels[:, 1:] != -100).sum())
     assert distance(loss.ce_sum, ce) < WITHIN, "cross-entropy"
-    assert not far_apart(gradients(vlm, loss.ce_sum), gradients(vlm, ce))
+    check_gradients(gradients(vlm, loss.ce_sum), gradients(vlm, ce))
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def batch(tiny) -> Batch:
 def test_the_ragged_batch_is_ragged(tiny, batch):
     runs = span_runs(batch.input_ids, tiny.config.pad_id)
     assert [[end - start for start, end in row] for row in runs] == [[2], [], [3, 1], [4, 1], [5]]
-    assert len({row[0][0] for row in runs if row}) == 4, "spans begin at different places"
+    assert len({row[0][0] for row in runs if row}) >= 3, "spans begin at different places"
     assert len(batch.grid_thw) == 4 and len(set(batch.attention_mask.sum(dim=1).tolist())) > 3
     for row in split(tiny, batch):
         positions = tiny.positions(row.input_ids, row.attention_mask, row.grid_thw)
@@ -230,21 +230,6 @@ def test_the_gradient_flows_through_every_latent(fresh, monkeypatch):
     assert abs((cut * direction).sum().item() - slope) > 0.05 * abs(slope)
 
 
-def test_the_first_latent_is_heard_at_the_end(tiny):
-    """A label after the span teaches, through all latents, the words before it."""
-    example = tiny.encoder.example(dialogue(["Go"], ["up ", span(0, 5), "!"]), targets=False)
-    batch = batch_of(tiny, [dialogue(["Go"], ["up ", span(0, 5), "!"])], targets=False)
-    batch.labels[:, :-1] = -100
-    assert batch.labels[0, -1] == example.input_ids[-1]
-    embeds = tiny.embed(batch.input_ids).detach().requires_grad_()
-    loss = stage2(tiny, batch)
-    (gradient,) = torch.autograd.grad(loss.ce, loss.consumed, retain_graph=True, allow_unused=True)
-    assert embeds.shape[:2] == batch.input_ids.shape
-    assert gradient is None, "what is handed out is gathered from the graph, it is not in it"
-    table = gradients(tiny, loss.ce)["model.model.language_model.embed_tokens.weight"]
-    assert table[tiny.config.start_id].abs().max() > 0
-
-
 # -- gradient checkpointing ------------------------------------------------------------------------------------------
 
 
@@ -272,10 +257,10 @@ def test_gradient_checkpointing_changes_nothing(fresh, batch, stage):
     assert recomputed == 2 * forwards, "each layer is run again for the gradient"
     assert distance(checkpointed.hidden, plain.hidden) == 0
     assert torch.equal(checkpointed.ce_sum, plain.ce_sum) and torch.equal(checkpointed.align_sum, plain.align_sum)
-    assert not far_apart(found, expected)
+    check_gradients(found, expected)
     _, again, recomputed = run()
     assert recomputed == 2 * forwards, "the layers are left as they were found"
-    assert not far_apart(again, expected)
+    check_gradients(again, expected)
     fresh.model.gradient_checkpointing_disable()
     assert run()[2] == forwards
 
@@ -288,7 +273,7 @@ def test_checkpointing_works_beside_a_frozen_table_and_tower(fresh, batch):
     fresh.train()
     expected = gradients(fresh, stage2(fresh, batch).ce)
     fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert not far_apart(gradients(fresh, stage2(fresh, batch).ce), expected)
+    check_gradients(gradients(fresh, stage2(fresh, batch).ce), expected)
     assert len(expected) == 2 and all(gradient.abs().max() > 0 for gradient in expected.values())
 
 
@@ -312,7 +297,7 @@ def test_a_frozen_tower_gets_no_gradient_and_no_graph(fresh, batch, stage):
     assert kept and not any(kept), "no graph is kept of the tower"
     assert all(parameter.grad is None for parameter in fresh.vision_tower.parameters())
     found = gradients(fresh, getattr(losses, stage)(fresh, batch).ce)
-    assert not far_apart(found, {name: expected[name] for name in found})
+    check_gradients(found, {name: expected[name] for name in found})
 
 
 def test_targets_teach_the_tower_only_where_they_are_asked_to(tiny):
@@ -347,53 +332,53 @@ def blurred(recast: Callable) -> Callable:
     return lambda token_ids, previous: recast(token_ids, previous.roll(1, dims=0))
 
 
-@pytest.mark.parametrize("sabotage", [stale, skipping, blurred, detaching])
-def test_stage2_with_wrong_feedback_is_found_out(tiny, batch, monkeypatch, sabotage):
-    monkeypatch.setattr(tiny, "recast", sabotage(tiny.recast))
-    with pytest.raises(AssertionError):
-        check_stage2(tiny, batch)
+@pytest.mark.parametrize(
+    ("sabotage", "seen"),
+    [(stale, "hidden states"), (skipping, "hidden states"), (blurred, "hidden states"), (detaching, "gradients")],
+)
+def test_stage2_with_wrong_feedback_is_found_out(fresh, batch, monkeypatch, sabotage, seen):
+    monkeypatch.setattr(fresh, "recast", sabotage(fresh.recast))
+    with pytest.raises(AssertionError, match=seen):
+        check_stage2(fresh, batch)
 
 
 @pytest.mark.parametrize("check", [check_stage1, check_stage2])
-def test_wrong_positions_are_found_out(tiny, batch, monkeypatch, check):
-    """Positions of latents and what follows them are shifted by one."""
-    own = tiny.positions
+def test_wrong_positions_are_found_out(fresh, batch, monkeypatch, check):
+    """Positions of latents and of what follows them are shifted by one."""
+    own = fresh.positions
 
     def wrong(input_ids: torch.Tensor, *rest) -> torch.Tensor:
-        return own(input_ids, *rest) + ((input_ids == tiny.config.pad_id).cumsum(dim=1) > 0).long()
+        return own(input_ids, *rest) + ((input_ids == fresh.config.pad_id).cumsum(dim=1) > 0).long()
 
-    monkeypatch.setattr(tiny, "positions", wrong)
-    with pytest.raises(AssertionError):
-        check(tiny, batch)
+    monkeypatch.setattr(fresh, "positions", wrong)
+    with pytest.raises(AssertionError, match="hidden states"):
+        check(fresh, batch)
 
 
 def test_alignment_shifted_by_one_is_found_out(tiny, batch, monkeypatch):
-    """The state at a latent, and not the one before it, is drawn towards the target."""
-    own = losses.forward_given
-    monkeypatch.setattr(losses, "forward_given", lambda *arguments: own(*arguments).roll(-1, dims=1))
-    with pytest.raises(AssertionError):
+    """Each target is drawn towards the state that should predict the one before it."""
+    own = torch.nn.functional.cosine_similarity
+    monkeypatch.setattr(losses.F, "cosine_similarity", lambda a, b, dim: own(a.roll(1, dims=0), b, dim=dim))
+    with pytest.raises(AssertionError, match="cosine"):
         check_stage1(tiny, batch)
 
 
-def test_targets_in_the_wrong_rows_are_found_out(tiny, batch, monkeypatch):
-    own = tiny.targets
-    monkeypatch.setattr(tiny, "targets", lambda *args, **options: own(*args, **options).roll(1, dims=0))
-    with pytest.raises(AssertionError):
-        check_stage1(tiny, batch)
+def test_targets_in_the_wrong_places_are_found_out(fresh, batch, monkeypatch):
+    own = fresh.targets
+    monkeypatch.setattr(fresh, "targets", lambda *args, **options: own(*args, **options).roll(1, dims=0))
+    with pytest.raises(AssertionError, match="hidden states"):
+        check_stage1(fresh, batch)
 
 
-def test_attention_to_padding_is_found_out(tiny, batch, monkeypatch):
-    """The mask of the rollout is all ones."""
-    own = tiny.language_model.forward
+def test_attention_to_padding_is_found_out(fresh, batch, monkeypatch):
+    own = rollout.SegmentCache
+    forward = fresh.language_model.forward
 
-    def wrong(*args, attention_mask=None, **options):
-        return own(*args, attention_mask=torch.ones_like(attention_mask), **options)
+    def wrong(*args, attention_mask=None, past_key_values=None, **options):
+        if isinstance(past_key_values, own):
+            attention_mask = torch.ones_like(attention_mask)
+        return forward(*args, attention_mask=attention_mask, past_key_values=past_key_values, **options)
 
-    assert isinstance(tiny.language_model, nn.Module)
-    monkeypatch.setattr(tiny.language_model, "forward", wrong)
-    with pytest.raises(AssertionError):
-        hidden = stage2(tiny, batch).hidden
-        monkeypatch.undo()
-        for i, row in enumerate(split(tiny, batch)):
-            expected, _ = slow_rollout(tiny, row)
-            assert distance(hidden[i, : len(expected)], expected) < WITHIN
+    monkeypatch.setattr(fresh.language_model, "forward", wrong)
+    with pytest.raises(AssertionError, match="hidden states"):
+        check_stage2(fresh, batch)

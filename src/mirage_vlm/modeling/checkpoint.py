@@ -7,20 +7,142 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
-from mirage_vlm.modeling.latent_vlm import LatentVLM
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 FEEDBACK_FILE = "latent_feedback.safetensors"
+
+
+class Pretrained(nn.Module):
+    """The part of `LatentVLM` that loads and saves; the class itself takes (model, tokenizer, processor, config)."""
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    config: LatentConfig
+    feedback: nn.Module
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn: str | None = None,
+        **latent: Any,
+    ) -> Self:
+        """Load a checkpoint with latent tokens, Mirage's own or the reference implementation's.
+
+        Args:
+            path: a folder, or a name on the Hugging Face hub.
+            device: where to put it; the CPU by default.
+            dtype: `auto` keeps the checkpoint's.
+            attn: attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`).
+            latent: fields of `LatentConfig` to use instead of the checkpoint's.
+
+        Raises:
+            MirageError: there is no such checkpoint, it has no latent tokens, or ids and tokenizer disagree.
+        """
+        hf_config = _read_config(path)
+        saved = LatentConfig.read(hf_config, str(path))
+        config = replace(saved, **latent)
+        model, tokenizer, image_processor = _load_parts(path, hf_config, dtype, attn)
+        for token, token_id in zip(LATENT_TOKENS, (config.start_id, config.pad_id, config.end_id), strict=True):
+            found = tokenizer.convert_tokens_to_ids(token)
+            if found is None or found == tokenizer.unk_token_id:
+                raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer does not know it")
+            if found != token_id:
+                raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
+        vlm = cls(model, tokenizer, image_processor, config)
+        if config.feedback == saved.feedback and any(True for _ in vlm.feedback.parameters()):
+            weights = Path(path) / FEEDBACK_FILE
+            if not weights.exists():
+                raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
+            vlm.feedback.load_state_dict(load_file(weights))
+        return vlm.to(device).eval() if device is not None else vlm.eval()
+
+    @classmethod
+    def from_base(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn: str | None = None,
+        **latent: Any,
+    ) -> Self:
+        """Load an ordinary VLM and give it the three latent tokens.
+
+        Args:
+            path: a folder, or a name on the Hugging Face hub.
+            latent: fields of `LatentConfig` (`latent_size`, `pooling`, `feedback`, `stop_rule`, `image_scale`).
+
+        Raises:
+            MirageError: there is no such checkpoint, or an option is unknown.
+        """
+        vlm = cls.with_latents(*_load_parts(path, _read_config(path), dtype, attn), **latent)
+        return vlm.to(device).eval() if device is not None else vlm.eval()
+
+    @classmethod
+    def with_latents(cls, model: Any, tokenizer: Any, image_processor: Any, **latent: Any) -> Self:
+        """Add the latent tokens by name, growing the embeddings only where they are too small.
+
+        The new rows start as the mean of the table, in the input embeddings and in the LM head.
+        """
+        known = len(tokenizer)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(LATENT_TOKENS)}, replace_extra_special_tokens=False
+        )
+        start_id, pad_id, end_id = tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for table in {id(w): w for w in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
+                table[[start_id, pad_id, end_id]] = table[:known].mean(dim=0)
+        latent.setdefault("latent_size", 4)
+        config = LatentConfig(start_id=start_id, pad_id=pad_id, end_id=end_id, **latent)
+        return cls(model, tokenizer, image_processor, config)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a checkpoint that `from_pretrained` and plain transformers load.
+
+        It is written into a temporary folder beside `path` and then put in place; a checkpoint that is there
+        already is replaced only when the new one is complete.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            self.write_files(scratch)
+            scratch.chmod(0o755)
+            if target.exists():
+                old = scratch.with_name(scratch.name + "-old")
+                target.rename(old)
+                scratch.rename(target)
+                shutil.rmtree(old)
+            else:
+                scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def write_files(self, folder: Path) -> None:
+        """Write model, tokenizer, image processor and feedback into an existing folder."""
+        self.config.write(self.model.config)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        weights = {name: tensor.contiguous() for name, tensor in self.feedback.state_dict().items()}
+        if weights:
+            save_file(weights, folder / FEEDBACK_FILE)
 
 
 def has_latents(path: str | Path) -> bool:
@@ -32,118 +154,7 @@ def has_latents(path: str | Path) -> bool:
     return hasattr(_read_config(path), "latent_token_id")
 
 
-def load(
-    path: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
-    attn: str | None = None,
-    **latent: Any,
-) -> LatentVLM:
-    """Load a checkpoint with latent tokens, Mirage's own or the reference implementation's.
-
-    Args:
-        path: a folder, or a name on the Hugging Face hub.
-        device: where to put it; the CPU by default.
-        dtype: `auto` keeps the checkpoint's.
-        attn: attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`).
-        latent: fields of `LatentConfig` to use instead of the checkpoint's.
-
-    Raises:
-        MirageError: there is no such checkpoint, it has no latent tokens, or ids and tokenizer disagree.
-    """
-    hf_config = _read_config(path)
-    config = replace(LatentConfig.read(hf_config, str(path)), **latent)
-    model, tokenizer, image_processor = _load_parts(path, hf_config, dtype, attn)
-    for token, token_id in zip(LATENT_TOKENS, (config.start_id, config.pad_id, config.end_id), strict=True):
-        found = tokenizer.convert_tokens_to_ids(token)
-        if found is not None and found != tokenizer.unk_token_id and found != token_id:
-            raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
-    vlm = LatentVLM(model, tokenizer, image_processor, config)
-    weights = Path(path) / FEEDBACK_FILE
-    if weights.exists():
-        vlm.feedback.load_state_dict(load_file(weights))
-    elif "feedback" not in latent and any(True for _ in vlm.feedback.parameters()):
-        raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
-    return vlm.to(device).eval() if device is not None else vlm.eval()
-
-
-def add_latents(
-    path: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
-    attn: str | None = None,
-    **latent: Any,
-) -> LatentVLM:
-    """Load an ordinary VLM and give it the three latent tokens.
-
-    Args:
-        path: a folder, or a name on the Hugging Face hub.
-        latent: fields of `LatentConfig` (`latent_size`, `pooling`, `feedback`, `stop_rule`, `image_scale`).
-
-    Raises:
-        MirageError: there is no such checkpoint, or an option is unknown.
-    """
-    hf_config = _read_config(path)
-    model, tokenizer, image_processor = _load_parts(path, hf_config, dtype, attn)
-    vlm = with_latents(model, tokenizer, image_processor, **latent)
-    return vlm.to(device).eval() if device is not None else vlm.eval()
-
-
-def with_latents(model: Any, tokenizer: Any, image_processor: Any, **latent: Any) -> LatentVLM:
-    """Add the latent tokens by name, growing the embeddings only where they are too small.
-
-    The new rows start as the mean of the table, in the input embeddings and in the LM head.
-    """
-    known = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(LATENT_TOKENS)}, replace_extra_special_tokens=False)
-    start_id, pad_id, end_id = tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        for table in {id(w): w for w in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
-            table[[start_id, pad_id, end_id]] = table[:known].mean(dim=0)
-    latent.setdefault("latent_size", 4)
-    return LatentVLM(
-        model, tokenizer, image_processor, LatentConfig(start_id=start_id, pad_id=pad_id, end_id=end_id, **latent)
-    )
-
-
-def save(vlm: LatentVLM, path: str | Path) -> None:
-    """Write the checkpoint into a temporary folder beside `path`, then put it in place.
-
-    An existing checkpoint at `path` is replaced only when the new one is complete.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write_checkpoint(vlm, scratch)
-        scratch.chmod(0o755)
-        if target.exists():
-            old = scratch.with_name(scratch.name + "-old")
-            target.rename(old)
-            scratch.rename(target)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_checkpoint(vlm: LatentVLM, folder: Path) -> None:
-    """Write model, tokenizer, image processor and feedback into an existing folder."""
-    vlm.config.write(vlm.model.config)
-    vlm.model.save_pretrained(folder)
-    vlm.tokenizer.save_pretrained(folder)
-    vlm.image_processor.save_pretrained(folder)
-    weights = {name: tensor.contiguous() for name, tensor in vlm.feedback.state_dict().items()}
-    if weights:
-        save_file(weights, folder / FEEDBACK_FILE)
-
-
-def _read_config(path: str | Path) -> PretrainedConfig:
+def _read_config(path: str | Path) -> Any:
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise MirageError(f"{path}: not a checkpoint (there is no config.json in it)")
@@ -155,12 +166,16 @@ def _read_config(path: str | Path) -> PretrainedConfig:
 
 def _load_parts(path: str | Path, config: Any, dtype: str | torch.dtype, attn: str | None) -> tuple[Any, Any, Any]:
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attn)
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path)
         # PIL on purpose: torchvision is not needed
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    except (OSError, ValueError, KeyError) as fault:
+    except (OSError, ValueError, KeyError, SafetensorError) as fault:
         raise MirageError(f"{path}: the checkpoint cannot be loaded: {_first_line(fault)}") from fault
+    if missing := sorted(loading["missing_keys"]):
+        raise MirageError(f"{path}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
     return model, tokenizer, image_processor
 
 

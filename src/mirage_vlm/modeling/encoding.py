@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Resampling
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LatentConfig
+from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LATENT_TOKENS, LatentConfig
 from mirage_vlm.modeling.family import QwenVL
 from mirage_vlm.modeling.pooling import span_length
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
@@ -61,9 +61,10 @@ class Encoder:
         """Token ids of a prompt up to where the response begins, and its pictures.
 
         Raises:
-            MirageError: a picture cannot be read, an earlier turn holds a latent span, the text holds the image
-                token itself, or the prompt is longer than the model's context.
+            MirageError: a picture cannot be read, an earlier turn holds a latent span, a text holds the mark of a
+                picture or a span, or the prompt is longer than the model's context.
         """
+        self._check_text([s for m in messages for s in m.segments])
         pictures = self.pictures([s for m in messages for s in m.segments if isinstance(s, Image)])
         text = self.tokenizer.apply_chat_template(
             [{"role": m.role, "content": [_template_part(s) for s in m.segments]} for m in messages],
@@ -87,6 +88,7 @@ class Encoder:
         Raises:
             MirageError: as `prompt`, and for a span without helper image or with k larger than its patches.
         """
+        self._check_text(trajectory.response)
         prompt, images = self.prompt(trajectory.prompt)
         helpers = None
         if targets or self.config.pooling == "full":
@@ -142,6 +144,14 @@ class Encoder:
         height, width = self.family.merged_grid(grid)
         return span_length(self.config.pooling, height * width, k, span.helper)
 
+    def _check_text(self, segments: Sequence[Segment]) -> None:
+        """Text must not write the marks of pictures and spans itself."""
+        image = self.tokenizer.convert_ids_to_tokens(self.family.image_token_id)
+        for segment in segments:
+            for mark in (*LATENT_TOKENS, image):
+                if isinstance(segment, Text) and mark in segment.text:
+                    raise MirageError(f"a text holds {mark}; pictures and latent spans are segments of their own")
+
     def _check_length(self, length: int, what: str) -> None:
         if length > self.family.max_positions:
             raise MirageError(
@@ -154,10 +164,7 @@ class Encoder:
         counts = [] if pictures is None else [h * w for h, w in map(self.family.merged_grid, pictures.grid_thw)]
         image_token = self.family.image_token_id
         if ids.count(image_token) != len(counts):
-            raise MirageError(
-                f"a prompt has {len(counts)} pictures but {ids.count(image_token)} image tokens: "
-                "its text must not hold the image token itself"
-            )
+            raise MirageError(f"the chat template made {ids.count(image_token)} places for {len(counts)} pictures")
         remaining = iter(counts)
         return [token for i in ids for token in ([i] * next(remaining) if i == image_token else [i])]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mirage_vlm.modeling.checkpoint import Pretrained
 from mirage_vlm.modeling.config import LatentConfig
 from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
@@ -16,13 +17,12 @@ from mirage_vlm.modeling.pooling import check_pooling, pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from mirage_vlm.decoding.generate import GenerationConfig
     from mirage_vlm.trajectory import Message, Trajectory
 
 
-class LatentVLM(nn.Module):
+class LatentVLM(Pretrained):
     """A transformers VLM, its tokenizer and image processor, and the meaning of its latent spans.
 
     Args:
@@ -158,25 +158,3 @@ class LatentVLM(nn.Module):
         from mirage_vlm.decoding.generate import GenerationConfig, generate
 
         return generate(self, prompts, replace(config or GenerationConfig(), **changes))
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> LatentVLM:
-        """Load a checkpoint that has latent tokens; see `mirage_vlm.modeling.checkpoint.load`."""
-        from mirage_vlm.modeling.checkpoint import load
-
-        return load(path, **options)
-
-    @classmethod
-    def from_base(cls, path: str | Path, **options: Any) -> LatentVLM:
-        """Start from an ordinary VLM: add the latent tokens; see `mirage_vlm.modeling.checkpoint.add_latents`."""
-        from mirage_vlm.modeling.checkpoint import add_latents
-
-        return add_latents(path, **options)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write a checkpoint that `from_pretrained` and plain transformers load."""
-        from mirage_vlm.modeling.checkpoint import save
-
-        save(self, path)

@@ -17,7 +17,6 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from mirage_vlm.modeling.checkpoint import with_latents
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 SPECIAL_TOKENS = [
@@ -52,7 +51,7 @@ class ScratchConfig:
         vision_width, vision_layers, vision_heads, vision_mlp: the vision tower, all layers with full attention.
         patch: pixels of a patch side; a merged patch has twice that.
         context: most tokens of an example.
-        rope_theta: base of the rotary frequencies. Time gets the highest sixteenth of them, rows the next quarter and
+        rope_theta: base of the rotary frequencies. Time gets the highest sixteenth of them, rows the next eighth and
             columns the rest: with Qwen's own shares, heads this narrow could not tell neighbouring columns apart.
     """
 
@@ -116,7 +115,7 @@ def build(
     tokenizer = train_tokenizer(texts, shape.vocab_size)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     half = shape.width // shape.heads // 2
-    time, down = max(1, half // 16), half // 4
+    time, down = max(1, half // 16), max(1, half // 8)
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer) + 3,
@@ -131,6 +130,7 @@ def build(
                 "rope_theta": shape.rope_theta,
                 "mrope_section": [time, down, half - time - down],
             },
+            "initializer_range": shape.width**-0.5,
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
@@ -143,6 +143,7 @@ def build(
             "intermediate_size": shape.vision_mlp,
             "out_hidden_size": shape.width,
             "patch_size": shape.patch,
+            "initializer_range": shape.vision_width**-0.5,
             "window_size": 8 * shape.patch,
             "fullatt_block_indexes": list(range(shape.vision_layers)),
         },
@@ -161,4 +162,4 @@ def build(
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=shape.patch, size={"shortest_edge": side * side, "longest_edge": 256 * side * side}
     )
-    return with_latents(model, tokenizer, image_processor, **latent)
+    return LatentVLM.with_latents(model, tokenizer, image_processor, **latent)

@@ -62,6 +62,12 @@ def open_source(source: DataRecipe) -> Sequence[Trajectory]:
     return found
 
 
+def has_spans(source: Sequence[Trajectory]) -> bool:
+    """Whether any example has a latent span; of a generated source the first tells for all."""
+    looked_at = [source[0]] if isinstance(source, GeneratedDataset) else source
+    return any(trajectory.spans for trajectory in looked_at)
+
+
 def check_spans(encoder: Encoder, source: Sequence[Trajectory], where: str) -> None:
     """Before a stage-1 run: every span has a helper image with enough patches for its k.
 
@@ -90,8 +96,9 @@ def _sizes(source: Sequence[Trajectory]) -> Iterator[int]:
 class BucketSampler(Sampler[int]):
     """A random order in which neighbours are of similar size; a function of seed and epoch alone.
 
-    A shuffled pool of 50 batches is sorted by size and its batches are shuffled again. Since nothing else enters,
-    a resumed run sees the same order.
+    A shuffled pool of 50 batches is sorted by size and its batches are shuffled again. `batch` is that of one forward
+    pass: accumulated passes and processes then see different sizes, which keeps the mixture of an optimisation step
+    that of the data. Since nothing else enters, a resumed run sees the same order.
     """
 
     def __init__(self, sizes: Sequence[int], batch: int, seed: int, bucket: bool = True):

@@ -170,7 +170,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, sep, raw = override.partition("=")
         if not sep:
             raise MirageError(f"override {override!r} must be key=value")
-        _override(values, key, yaml.safe_load(raw) if raw else None)
+        try:
+            value = yaml.safe_load(raw) if raw else None
+        except yaml.YAMLError as fault:
+            raise MirageError(f"override {override!r}: not valid YAML: {' '.join(str(fault).split())}") from fault
+        _override(values, key, value)
+        inside = (f"{key}.", f"{key}[")  # what the file said there is gone
+        origin = {name: place for name, place in origin.items() if not name.startswith(inside)}
         origin[key] = f"override {override!r}"
     recipe = _build(Recipe, values, "", origin, str(path))
     _check(recipe, origin, str(path))

@@ -15,10 +15,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.checkpoint import has_latents, save
+from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
-from mirage_vlm.training.data import Collator, Examples, check_spans, open_source
+from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, open_source
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
 from mirage_vlm.trajectory import Text
@@ -44,7 +44,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if last is not None and not resume:
         raise MirageError(f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir")
     examples = Examples([open_source(source) for source in recipe.data])
-    if recipe.stage == "sft" and examples[0].spans:
+    if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
         raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
     set_seed(recipe.train.seed)
     vlm = prepare_model(recipe, examples)
@@ -67,7 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
-        save(vlm, output / FINAL)
+        vlm.save_pretrained(output / FINAL)
         shutil.copy(output / RECIPE_FILE, output / FINAL)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
@@ -100,7 +100,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
-    """Low-rank adapters on the decoder; beside them only the latent tokens' rows are trained, in embeddings and head."""
+    """Low-rank adapters on the decoder; beside them only the latent tokens' rows are trained (embeddings and head)."""
     wanted = {
         name
         for name, module in vlm.model.named_modules()

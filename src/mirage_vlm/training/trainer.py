@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from mirage_vlm.modeling.checkpoint import write_checkpoint
+from mirage_vlm.formats import atomic_writer
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.data import BucketSampler
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
@@ -113,10 +113,9 @@ class LatentTrainer(transformers.Trainer):
     # -- order of the data -------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         train = self.recipe.train
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return BucketSampler(dataset.sizes, step, train.seed, train.bucket)
+        return BucketSampler(dataset.sizes, self.args.train_batch_size, train.seed, train.bucket)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
@@ -153,7 +152,7 @@ class LatentTrainer(transformers.Trainer):
             trainable = {n: p.detach().contiguous() for n, p in self.vlm.named_parameters() if p.requires_grad}
             save_file(trainable, folder / TRAINABLE_FILE)
         else:
-            write_checkpoint(self.vlm, folder)
+            self.vlm.write_files(folder)
         (folder / RECIPE_FILE).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -174,8 +173,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        *whole, _cut_short = self.path.read_text().split("\n")  # what follows the last line break is half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+        with atomic_writer(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

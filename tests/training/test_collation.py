@@ -1,0 +1,156 @@
+"""Batches: padding, pictures, and the order of the examples."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from support import batch_of, dialogue, picture, ragged, span
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.data import BucketSampler, Collator, Examples, open_source
+from mirage_vlm.training.recipe import DataRecipe
+
+# -- collation -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_padded_on_the_right(tiny):
+    trajectories = ragged()
+    examples = [tiny.encoder.example(t) for t in trajectories]
+    batch = Collator(tiny.encoder, targets=True)(trajectories)
+    width = max(len(example.input_ids) for example in examples)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        rest = width - length
+        assert batch["input_ids"][row].tolist() == example.input_ids.tolist() + [tiny.tokenizer.pad_token_id] * rest
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * rest
+        assert batch["labels"][row].tolist() == example.labels.tolist() + [-100] * rest
+    assert any(len(example.input_ids) < width for example in examples)
+
+
+def test_pictures_of_all_rows_are_joined_in_row_order(tiny):
+    trajectories = ragged()
+    examples = [tiny.encoder.example(t) for t in trajectories]
+    batch = Collator(tiny.encoder, targets=True)(trajectories)
+    images = [e.images for e in examples if e.images is not None]
+    helpers = [e.helpers for e in examples if e.helpers is not None]
+    assert len(images) < len(examples), "one row has none"
+    assert torch.equal(batch["pixel_values"], torch.cat([p.pixel_values for p in images]))
+    assert torch.equal(batch["grid_thw"], torch.cat([p.grid_thw for p in images]))
+    assert torch.equal(batch["helper_pixel_values"], torch.cat([p.pixel_values for p in helpers]))
+    assert torch.equal(batch["helper_grid_thw"], torch.cat([p.grid_thw for p in helpers]))
+    assert len(batch["helper_grid_thw"]) == sum(len(t.spans) for t in trajectories)
+
+
+def test_what_is_absent_leaves_no_key(tiny):
+    text = dialogue(["Go"], ["up"])
+    thinking = dialogue(["Go"], [span(0)])
+    looking = dialogue(["Go", picture(1, 1, 0)], ["up"])
+    always = {"input_ids", "attention_mask", "labels"}
+    assert Collator(tiny.encoder, targets=True)([text, text]).keys() == always
+    assert Collator(tiny.encoder, targets=True)([text, looking]).keys() == always | {"pixel_values", "grid_thw"}
+    helpers = {"helper_pixel_values", "helper_grid_thw"}
+    assert Collator(tiny.encoder, targets=True)([text, thinking]).keys() == always | helpers
+    assert Collator(tiny.encoder, targets=False)([text, thinking]).keys() == always
+    assert batch_of(tiny, [text]).pixel_values is None
+
+
+def test_one_row_is_not_padded(tiny):
+    for trajectory in ragged():
+        assert Collator(tiny.encoder, targets=False)([trajectory])["attention_mask"].all()
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_sources_follow_one_another():
+    sources = [
+        GeneratedDataset("vsp-planning", [3], 4),
+        GeneratedDataset("vsp-perception", [4, 5], 3),
+        [dialogue(["Go"], ["up, ", "down"])],
+    ]
+    examples = Examples(sources)
+    assert len(examples) == len(examples.sizes) == 8
+    found = [(examples[i].task, examples[i].meta.get("level")) for i in range(8)]
+    assert found == [("vsp-planning", 3)] * 4 + [("vsp-perception", level) for level in (4, 5, 4)] + [(None, None)]
+
+
+def test_sizes_tell_long_examples_from_short_ones():
+    written = [dialogue(["Go"], [answer]) for answer in ("up", "up, down", "up, down, up, down, left")]
+    direct, cot = (GeneratedDataset("vsp-planning", [3, 6], 40, style=style) for style in ("direct", "cot"))
+    sizes = Examples([written]).sizes
+    assert sizes == sorted(set(sizes)) and sizes[0] < sizes[2] / 3
+    small, large = Examples([direct]).sizes[::2], Examples([direct]).sizes[1::2]
+    assert max(small) < min(large), "a larger map has more image tokens"
+    assert sum(Examples([cot]).sizes) > sum(Examples([direct]).sizes)
+
+
+def test_a_source_without_responses(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": [{"type": "text", "text": "Go"}]}]}\n')
+    with pytest.raises(MirageError, match=rf"{path}:1: messages: there is no assistant turn to train on"):
+        open_source(DataRecipe(path=str(path)))
+
+
+def test_a_generated_source_draws_training_maps():
+    source = open_source(DataRecipe(task="vsp-planning", levels=(3, 4), n=5, seed=7, style="cot"))
+    expected = GeneratedDataset("vsp-planning", (3, 4), 5, 7, "cot", "train")
+    assert [t.meta for t in source] == [t.meta for t in expected]
+    assert source[0].meta["style"] == "cot"
+
+
+# -- order -----------------------------------------------------------------------------------------------------------
+
+SIZES = [3 * (i % 7) + i % 3 for i in range(1037)]
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+@pytest.mark.parametrize("batch", [1, 8, 64, 5000])
+def test_every_example_comes_once_an_epoch(bucket, batch):
+    sampler = BucketSampler(SIZES, batch, 0, bucket)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert Counter(sampler) == Counter(range(1037)) and len(sampler) == 1037
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+def test_the_order_is_a_function_of_seed_and_epoch(bucket):
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = BucketSampler(SIZES, 8, seed, bucket)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    torch.manual_seed(0)
+    first = order(1, 2)
+    torch.manual_seed(5)
+    assert order(1, 2) == first
+    sampler = BucketSampler(SIZES, 8, 1, bucket)
+    for epoch in (0, 1, 2):
+        sampler.set_epoch(epoch)
+        last = list(sampler)
+    assert last == first, "whatever was drawn before"
+    assert list(sampler) == first, "and however often"
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}) == 6
+
+
+def spread(order: list[int], batch: int) -> float:
+    """Mean difference of the largest and smallest size in a batch."""
+    batches = [[SIZES[i] for i in order[j : j + batch]] for j in range(0, len(order) - batch + 1, batch)]
+    return sum(max(sizes) - min(sizes) for sizes in batches) / len(batches)
+
+
+def test_buckets_hold_examples_of_similar_size():
+    bucketed = list(BucketSampler(SIZES, 8, 0, bucket=True))
+    shuffled = list(BucketSampler(SIZES, 8, 0, bucket=False))
+    assert spread(bucketed, 8) < 2 < 10 < spread(shuffled, 8)
+    means = [sum(SIZES[i] for i in bucketed[j : j + 8]) for j in range(0, 1032, 8)]
+    rising = sum(a < b for a, b in itertools.pairwise(means))
+    assert 30 < rising < 100, "the batches themselves come in no order of size"
+
+
+def test_a_short_batch_comes_last():
+    """Elsewhere it would shift the bounds of all batches after it."""
+    order = list(BucketSampler(SIZES, 8, 0, bucket=True))
+    assert 1037 % 8 == 5
+    assert spread(order[:1032], 8) < 2
