@@ -1,6 +1,7 @@
 """A tiny Qwen2.5-VL that tests share. It is never changed: a test that trains or bends a model takes `fresh`."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ TINY = ScratchConfig(
 
 
 @pytest.fixture(scope="session")
-def tiny() -> LatentVLM:
+def tiny() -> Iterator[LatentVLM]:
     """Random weights, large enough for rows to differ: in what they say, when they open a span, when they stop."""
     vlm = build(TINY, CORPUS, 0, "eager", latent_size=3, image_scale=0.4375)
     generator = torch.Generator().manual_seed(2)
@@ -43,7 +44,11 @@ def tiny() -> LatentVLM:
         unused = [vlm.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS if token != "<|im_end|>"]
         head[unused] = 0.0  # a trained model writes none of them
         head[[vlm.config.start_id, vlm.tokenizer.eos_token_id]] *= 1.8  # so that rows do open spans, and do stop
-    return vlm.eval()
+    before = copy.deepcopy(vlm.state_dict())
+    yield vlm.eval()
+    after = vlm.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before), "a test has changed the shared model"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in vlm.parameters())
 
 
 @pytest.fixture

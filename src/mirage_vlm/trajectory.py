@@ -39,9 +39,15 @@ class Image:
     """A picture, given as a path, an http(s) or data URL, a PIL image, or a function that draws it.
 
     Drawing functions keep synthetic data sets small: nothing is rendered before `load` is called.
+
+    Attributes:
+        source: where the picture comes from.
+        reading: for training a base that is to see: one word for each merged patch in raster order, which the decoder
+            learns to say at that patch's position. Each must be a single token.
     """
 
     source: str | Path | PIL.Image.Image | Callable[[], PIL.Image.Image]
+    reading: tuple[str, ...] | None = None
 
     def load(self) -> PIL.Image.Image:
         """The picture in RGB.

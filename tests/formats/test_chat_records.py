@@ -57,6 +57,12 @@ def test_image_source_says_what_is_written():
     assert record["messages"][1]["content"][0]["helper"] == "<b>"
 
 
+def test_readings_are_kept():
+    record = to_record(Trajectory((user_turn(Image("a.png", reading=("x", "y"))),)))
+    assert record["messages"][0]["content"] == [{"type": "image", "image": "a.png", "reading": ["x", "y"]}]
+    assert next(from_record(record).images()).reading == ("x", "y")
+
+
 def test_content_may_be_a_string():
     trajectory = from_record({"messages": [{"role": "user", "content": "hello"}]})
     assert trajectory.messages == (user_turn("hello"),)

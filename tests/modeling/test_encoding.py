@@ -253,3 +253,26 @@ def test_pictures_that_cannot_be_used(encoder, tmp_path):
             encoder.prompt([user_turn(Image(tmp_path / name))])
     with pytest.raises(MirageError, match=r"cannot process .* aspect ratio"):
         encoder.prompt([user_turn(Image(PIL.Image.new("RGB", (4000, 3))))])
+
+
+# -- reading in place ------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_labels_the_patches_themselves(encoder):
+    """The state at a patch's own position learns to say the patch's word: its label stands one further."""
+    words = (" up", " gift", " hole", " elf")
+    read, plain = replace(picture(2, 2, 1), reading=words), picture(3, 1, 2)
+    example = encoder.example(dialogue(["Go", plain, read, "Which way?"], ["up"]))
+    patches = (example.input_ids == encoder.family.image_token_id).nonzero().flatten()
+    assert len(patches) == 3 + 4
+    assert (example.labels[patches[:3]] == -100).all(), "a picture without a reading bears no labels"
+    said = [encoder.tokenizer.decode([i]) for i in example.labels[patches[3:] + 1]]
+    assert said == list(words)
+    silent = encoder.example(dialogue(["Go", plain, replace(read, reading=None), "Which way?"], ["up"]))
+    assert (example.labels != silent.labels).sum() == 4
+
+
+@pytest.mark.parametrize("reading", [(" up",), (" up", " up", " up", "a word that is not one token")])
+def test_a_reading_that_does_not_fit(encoder, reading):
+    with pytest.raises(MirageError, match="must be one token for each of its 4 patches"):
+        encoder.example(dialogue([replace(picture(2, 2, 1), reading=reading)], ["up"]))

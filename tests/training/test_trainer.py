@@ -174,6 +174,18 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path, where, stage
     assert (killed / "final" / "recipe.json").exists()
 
 
+@pytest.mark.parametrize("length", ["train.max_steps=3", "train.epochs=1"])
+def test_resuming_a_finished_run_changes_nothing(recipe, tmp_path, length):
+    """A kill may come between the last checkpoint and the final model."""
+    wanted = recipe(length, "train.batch_size=4", "data=[{task: vsp-planning, levels: [3], n: 12}]")
+    final = run.train(wanted)
+    before = Path(shutil.copytree(final, tmp_path / "before"))
+    shutil.rmtree(final)
+    assert run.train(wanted, resume=True) == final
+    assert largest_difference(final, before) == 0
+    assert [line["step"] for line in metrics(final.parent)] == [1, 2, 3]
+
+
 def test_resume_without_a_checkpoint_starts_afresh(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / METRICS_FILE).write_text('{"step": 1, "loss": 9.0}\n')
@@ -196,7 +208,8 @@ LORA = ("model.scratch=", "model.lora.rank=2", "model.lora.dropout=0.1", "model.
 
 def lora_run(recipe, base: Path, *overrides: str) -> Recipe:
     length = ("train.max_steps=6", "train.batch_size=4", "train.save_every=3", "train.learning_rate=1e-2")
-    return recipe(*LORA, f"model.path={base}", *length, *overrides)
+    data = "data=[{task: vsp-planning, levels: [3, 4], n: 20, style: mixed}]"
+    return recipe(*LORA, f"model.path={base}", data, *length, *overrides)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "tied"])
@@ -291,7 +304,8 @@ def test_sft_with_spans_in_a_later_source(recipe, tmp_path):
 
 
 def test_sft_without_spans(recipe):
-    final = run.train(recipe("stage=sft", "data=[{task: vsp-perception, levels: [3], n: 4}]", "train.batch_size=2"))
+    source = "data=[{task: vsp-perception, levels: [3], n: 40}]"
+    final = run.train(recipe("stage=sft", source, "train.batch_size=4", "train.max_steps=2"))
     assert [line["latents"] for line in metrics(final.parent)] == [0, 0]
 
 
@@ -312,3 +326,14 @@ def test_a_start_that_is_not_there(recipe, tmp_path):
     with pytest.raises(MirageError, match=r"none\.jsonl"):
         run.train(recipe(f"data=[{{path: {tmp_path}/none.jsonl}}]"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_example_that_cannot_be_encoded_says_so_in_one_line(recipe, workers):
+    """Also from a worker process, which sends its traceback along."""
+    scratch = "model.scratch.context=48"
+    with pytest.raises(
+        MirageError, match=r"^a[n]? \w+ has \d+ tokens, but the model's context holds 48: .*text$"
+    ) as caught:
+        run.train(recipe(scratch, "train.max_steps=1", "train.batch_size=8", f"train.workers={workers}"))
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,8 @@
 """The chat-message convention of TRL and the OpenAI API, with one more content part: the latent span.
 
 A record is `{"messages": [{"role", "content": [part, …]}, …], "task", "answer", "meta"}`, where a part is
-`{"type": "text", "text"}`, `{"type": "image", "image": path | URL | data URL}` or, in an assistant turn,
+`{"type": "text", "text"}`, `{"type": "image", "image": path | URL | data URL}` (with `reading`, a list of words, where
+the decoder is to learn to read each patch in place) or, in an assistant turn,
 `{"type": "latent", "helper": path | URL | data URL, "k"}`. Keys with nothing to say are left out.
 
 Read, but never written: `content` as a plain string; OpenAI's `{"type": "image_url", "image_url": {"url"}}`;
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +57,13 @@ def to_record(trajectory: Trajectory, *, image_source: ImageSource | None = None
 
 
 def _to_part(segment: Segment, source: ImageSource) -> dict[str, Any]:
+    part: dict[str, Any]
     if isinstance(segment, Text):
         return {"type": "text", "text": segment.text}
     if isinstance(segment, Image):
-        return {"type": "image", "image": source(segment)}
-    part: dict[str, Any] = {"type": "latent"}
+        part = {"type": "image", "image": source(segment)}
+        return part if segment.reading is None else part | {"reading": list(segment.reading)}
+    part = {"type": "latent"}
     if segment.helper is not None:
         part["helper"] = source(segment.helper)
     if segment.k is not None:
@@ -118,4 +122,5 @@ def _segments(content: Any, base: Path | None) -> Iterator[Segment]:
                 latents=None if packed is None else _unpack(packed),
             )
         else:
-            yield read_picture(image_value(part), base)
+            reading = part.get("reading")
+            yield replace(read_picture(image_value(part), base), reading=None if reading is None else tuple(reading))

@@ -112,6 +112,9 @@ def _part_faults(part: Any, field: str, role: Any, base: Path | None, check_file
         yield from _latent_faults(part, field, role, base, check_files)
     else:
         value = image_value(part)
+        reading = part.get("reading")
+        if reading is not None and not (isinstance(reading, list) and all(isinstance(word, str) for word in reading)):
+            yield Fault(f"{field}.reading", "must be a list of strings, one for each patch")
         nested = kind == "image_url" and isinstance(part.get("image_url"), Mapping)
         key = f"{field}.{kind}{'.url' if nested else ''}"
         problem = "is missing" if value is None else picture_fault(value, base, check_files)

@@ -104,6 +104,7 @@ class Encoder:
         if self.config.stop_rule == "learned":
             pads &= ~pads.roll(1)  # the first pad of each span
         labels[pads] = IGNORED
+        self._label_readings(labels, input_ids, trajectory, images)
         return Encoded(input_ids, labels, images, helpers if targets else None)
 
     def pictures(self, images: Sequence[Image]) -> Pictures | None:
@@ -122,6 +123,21 @@ class Encoder:
         except ValueError as fault:
             raise MirageError(f"cannot process {', '.join(map(str, images))}: {fault}") from fault
         return Pictures(processed["pixel_values"], processed["image_grid_thw"])
+
+    def _label_readings(
+        self, labels: torch.Tensor, input_ids: torch.Tensor, trajectory: Trajectory, pictures: Pictures | None
+    ) -> None:
+        """Labels for the words of `Image.reading`, said at the patches themselves: position t bears label t + 1."""
+        places = (input_ids == self.family.image_token_id).nonzero().flatten()
+        grids = [] if pictures is None else list(map(self.family.merged_grid, pictures.grid_thw))
+        for image, (height, width) in zip(trajectory.images(), grids, strict=True):
+            patches, places = places[: height * width], places[height * width :]
+            if image.reading is None:
+                continue
+            ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in image.reading]
+            if len(ids) != len(patches) or any(len(word) != 1 for word in ids):
+                raise MirageError(f"the reading of {image} must be one token for each of its {len(patches)} patches")
+            labels[patches + 1] = torch.tensor(ids).flatten()
 
     def check_span(self, span: LatentSpan) -> None:
         """Whether a span can be trained on, from the size of its helper image alone.

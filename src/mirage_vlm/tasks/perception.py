@@ -33,6 +33,9 @@ class Perception(Task):
     - `map`: letters of the map, `S F F / F H F / F F G`;
     - `path`: the red path in words, `r3c2 up r2c2 right r2c3`, a random walk that enters no cell twice;
     - `place`: the elf's cell (any cell, holes too), the gift's, and what one more cell is.
+
+    Beside the answer, the picture has a `reading`: each cell's name or, by chance, its letter. It takes a decoder many
+    examples to find out where in the picture a patch stands; to be told in place makes it quick.
     """
 
     name = "vsp-perception"
@@ -52,8 +55,10 @@ class Perception(Task):
             elf, place = rng.choices(list(maze.cells()), k=2)
             draw, asked = partial(draw, elf=elf), cell_name(place)
             answer = f"elf {cell_name(elf)}, gift {cell_name(maze.goal)}, {asked} {_NAMES[maze[place]]}"
+        name_cells = rng.random() < 0.5
+        reading = tuple(f" {cell_name(cell) if name_cells else maze[cell]}" for cell in maze.cells())
         return Trajectory(
-            messages=(*self.prompt(Image(draw), style, kind=kind, cell=asked), assistant_turn(answer)),
+            messages=(*self.prompt(Image(draw, reading), style, kind=kind, cell=asked), assistant_turn(answer)),
             task=self.name,
             answer=answer,
             meta={"map": list(maze.rows), "level": level, "style": style, "kind": kind},

@@ -61,10 +61,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1"),
         callbacks=[MetricsFile(output / METRICS_FILE)],
     )
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except MirageError as fault:  # a collation worker wraps its traceback around the message
-        raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+    if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
+        trainer.load_weights(last)  # the run was over; transformers would train one step more
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except MirageError as fault:  # a collation worker wraps its traceback around the message
+            raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
         vlm.save_pretrained(output / FINAL)
@@ -165,6 +168,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,
     )
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
 
 
 def _sample_texts(examples: Examples) -> list[str]:

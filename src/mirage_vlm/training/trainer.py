@@ -156,7 +156,11 @@ class LatentTrainer(transformers.Trainer):
         (folder / RECIPE_FILE).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
+        self.load_weights(resume_from_checkpoint)
+
+    def load_weights(self, checkpoint: str) -> None:
+        """Take the weights of one of this run's checkpoints."""
+        folder = Path(checkpoint)
         if self.recipe.model.lora is not None:
             self.vlm.load_state_dict(load_file(folder / TRAINABLE_FILE), strict=False)
             return
