@@ -90,16 +90,16 @@ def _examples(
 
 
 def _print(results: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.1f}"
 
-    table = Table(
-        title=f"{results['model']}: {results['n']} examples in {results['seconds']:.1f} s", title_justify="left"
-    )
-    for heading in ("level", "n", "accuracy %", "± s.e.", "optimal %", "latent %", "invalid %", "latents", "tokens"):
+    title = f"{results['model']}: {results['n']} examples in {results['seconds']:.1f} s"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("level", "n", "right %", "± s.e.", "optimal %", "latent %", "invalid %", "latents", "tokens"):
         table.add_column(heading, justify="right")
     for name, row in [*results["by_level"].items(), ("all", results)]:
         if name == "all":

@@ -152,8 +152,10 @@ class _Row:
         if token in stops:
             self.finish_reason = "stop"
             return
-        self.tokens.append(token)
-        if len(self.tokens) == self.config.max_new_tokens:
+        last = len(self.tokens) + 1 == self.config.max_new_tokens
+        if not (last and token == self.vlm.config.pad_id):  # that latent is never consumed, so it is not written
+            self.tokens.append(token)
+        if last:
             self.finish_reason = "length"
 
     def trajectory(self) -> Trajectory:

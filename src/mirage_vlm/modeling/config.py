@@ -49,6 +49,12 @@ class LatentConfig:
     stop_rule: str = "fixed"
     image_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.latent_size < 1:
+            raise MirageError(f"latent_size must be positive, not {self.latent_size}")
+        if self.stop_rule not in STOP_RULES:
+            raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
+
     @classmethod
     def read(cls, config: Any, where: str) -> LatentConfig:
         """Read it from a transformers config.

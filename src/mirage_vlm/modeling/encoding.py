@@ -154,7 +154,9 @@ class Encoder:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def _span_length(self, span: LatentSpan, grid: torch.Tensor | None) -> int:
-        k = span.k or self.config.latent_size
+        k = self.config.latent_size if span.k is None else span.k
+        if k < 1:
+            raise MirageError(f"a latent span must have at least one latent, not k = {k}")
         if grid is None:
             return k
         height, width = self.family.merged_grid(grid)

@@ -95,7 +95,7 @@ class LatentTrainer(transformers.Trainer):
         loss = ce_weight * found["ce_sum"] / tokens + weights.align * found["align_sum"] / latents
         loss = loss * self.args.world_size  # gradients are averaged over processes
         for key in ("ce_sum", "align_sum", "tokens", "latents", "correct"):
-            self._sums[key] = self._sums.get(key, 0.0) + float(found[key])
+            self._sums[key] = self._sums.get(key, 0.0) + float(torch.as_tensor(found[key]).detach())
         return (loss, found) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
