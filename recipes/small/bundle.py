@@ -10,7 +10,7 @@ RUNS = ROOT / "runs" / "small"
 ASSETS = ROOT / "src" / "mirage_vlm" / "assets"
 
 # package folder -> the run whose final model it is, and the runs before it whose logs it keeps
-MODELS = {"vsp-small-base": ("base", ()), "vsp-small": ("stage2-larger", ("stage1", "stage2"))}
+MODELS = {"vsp-small-base": ("base", ()), "vsp-small": ("stage2-last", ("stage1", "stage2", "stage2-larger"))}
 
 
 def main() -> None:

@@ -339,8 +339,11 @@ def test_a_shorter_limit_gives_a_prefix(tiny, prompts, decoded, rule):
         rows = tiny.generate(prompts, max_new_tokens=limit, stop_rule=rule, latent_size=4)
         for row, whole in zip(rows, decoded[rule], strict=True):
             tokens = row.decoding.token_ids
-            assert tokens == whole.decoding.token_ids[:limit]
-            assert row.decoding.finish_reason == ("length" if len(tokens) == limit else "stop")
+            wanted = whole.decoding.token_ids[:limit]
+            assert row.decoding.finish_reason == ("length" if len(wanted) == limit else "stop")
+            if len(wanted) == limit and wanted[-1] == tiny.config.pad_id:
+                wanted = wanted[:-1]  # a latent at the limit is not consumed
+            assert tokens == wanted
             if runs(tiny, row) and runs(tiny, row)[-1][-1] != tiny.config.end_id:
                 cut.add(len(runs(tiny, row)[-1]))
             for mine, theirs in zip(row.spans, whole.spans, strict=False):
