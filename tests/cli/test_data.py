@@ -197,7 +197,10 @@ class TestMake:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["vsp-planning", "--levels", "three"], "--levels must be numbers such as 3,4,5,6, not 'three'"),
+            (
+                ["vsp-planning", "--levels", "three"],
+                "--levels must be whole numbers with commas, such as 3,4,5,6; got 'three'",
+            ),
             (["vsp-planning", "--levels", "1"], "levels"),
             (["chess"], "there is no task 'chess'"),
             (["vsp-planning", "--cell", "0"], "cell"),

@@ -181,7 +181,8 @@ def test_from_base_adds_the_tokens_by_name(tiny, tmp_path, spare, tied):
 
     text = vlm.tokenizer("The elf walks over the ice", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        assert torch.equal(vlm.model(input_ids=text).logits[..., :known], before(input_ids=text).logits[..., :known])
+        now, then = (model(input_ids=text).logits[..., :known] for model in (vlm.model, before))
+        torch.testing.assert_close(now, then, atol=1e-5, rtol=1e-5)  # a taller head may be multiplied in other blocks
 
     vlm.save_pretrained(tmp_path / "latent")
     again = LatentVLM.from_pretrained(tmp_path / "latent")

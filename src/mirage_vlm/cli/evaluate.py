@@ -60,7 +60,8 @@ def evaluate(
     )
     started = time.perf_counter()
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         work = bar.add_task("decoding", total=len(examples))
         scored = run(vlm, examples, generation, lambda done: bar.update(work, advance=done))
     origin = {"path": str(data)} if data else {"task": task, "levels": parse_levels(levels), "n": n, "seed": seed}
