@@ -106,6 +106,9 @@ def test_overrides_that_are_wrong(write):
     assert refusal(path, "train.max_stepz=3") == (
         "override 'train.max_stepz=3': unknown key 'train.max_stepz'; did you mean 'max_steps'?"
     )
+    assert refusal(path, "trian.seed=3").startswith(
+        "override 'trian.seed=3': unknown key 'trian'; did you mean 'train'?"
+    )
     assert refusal(path, "train.max_steps=many").startswith("override 'train.max_steps=many': train.max_steps: ")
     assert "lists are set whole" in refusal(path, "data.n=3")
     assert "'stage' is not a group of keys" in refusal(path, "stage.x=3")

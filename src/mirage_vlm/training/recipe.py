@@ -178,6 +178,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         inside = (f"{key}.", f"{key}[")  # what the file said there is gone
         origin = {name: place for name, place in origin.items() if not name.startswith(inside)}
         origin[key] = f"override {override!r}"
+        for i in range(1, key.count(".") + 1):  # groups that the file does not have
+            origin.setdefault(key.rsplit(".", i)[0], origin[key])
     recipe = _build(Recipe, values, "", origin, str(path))
     _check(recipe, origin, str(path))
     return recipe
