@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,16 +28,16 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Examples(Dataset[Trajectory]):
-    """Several sources one after the other.
-
-    Attributes:
-        sizes: a rough size of each example, for batches of similar ones.
-    """
+    """Several sources one after the other."""
 
     def __init__(self, sources: Sequence[Sequence[Trajectory]]):
         self.sources = list(sources)
         self.ends = list(itertools.accumulate(len(source) for source in self.sources))
-        self.sizes = [size for source in self.sources for size in _sizes(source)]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """A rough size of each example, for batches of similar ones. Makes every example once."""
+        return [size for source in self.sources for size in _sizes(source)]
 
     def __len__(self) -> int:
         return self.ends[-1]

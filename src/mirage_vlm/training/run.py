@@ -104,12 +104,11 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
     """Low-rank adapters on the decoder; beside them only the latent tokens' rows are trained (embeddings and head)."""
+    decoder = set(vlm.language_model.modules())
     wanted = {
         name
         for name, module in vlm.model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.rpartition(".")[2] in lora.modules
-        and module in set(vlm.language_model.modules())
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.modules and module in decoder
     }
     if not wanted:
         raise MirageError(f"model.lora.modules: no layer of the decoder is named {', '.join(lora.modules)}")

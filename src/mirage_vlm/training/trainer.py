@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from mirage_vlm.formats import atomic_writer
+from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.data import BucketSampler
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
@@ -70,7 +71,7 @@ class LatentTrainer(transformers.Trainer):
         pad_id = self.vlm.config.pad_id
         counts = torch.tensor(
             [
-                sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batch_samples),
+                sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batch_samples),
                 sum(int((batch["input_ids"] == pad_id).sum()) for batch in batch_samples),
             ],
             device=device,
@@ -115,7 +116,8 @@ class LatentTrainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         train = self.recipe.train
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return BucketSampler(dataset.sizes, self.args.train_batch_size, train.seed, train.bucket)
+        sizes = dataset.sizes if train.bucket else [0] * len(dataset)
+        return BucketSampler(sizes, self.args.train_batch_size, train.seed, train.bucket)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
