@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -18,6 +18,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling.encoding import IGNORED, Encoded, Encoder, Pictures
 from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.packing import arrange
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -134,30 +135,44 @@ class Collator:
     Attributes:
         encoder: of the checkpoint.
         targets: process the helper images (stage 1).
+        pack: most tokens of a row that holds several examples; 0 gives each a row of its own.
     """
 
     encoder: Encoder
     targets: bool
+    pack: int = 0
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        return collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder)
+    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        return collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder, self.pack)
 
 
-def collate(examples: Sequence[Encoded], encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Pad rows on the right and join the pictures of all rows; absent pictures leave their keys out."""
-    width = max(len(example.input_ids) for example in examples)
-    pad = encoder.tokenizer.pad_token_id if encoder.tokenizer is not None else 0
+def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0) -> dict[str, Any]:
+    """Pad rows on the right and join the pictures of all rows; absent pictures leave their keys out.
+
+    Args:
+        pack: put several examples into a row, up to so many tokens, and say in `segments` which is where.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    order = arrange(lengths, pack) if pack else [[i] for i in range(len(examples))]
+    width = max(sum(lengths[i] for i in row) for row in order)
+    token = encoder.tokenizer.pad_token_id if encoder.tokenizer is not None else 0
 
     def rows(values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-        return torch.stack([torch.nn.functional.pad(v, (0, width - len(v)), value=fill) for v in values])
+        joined = [torch.cat([values[i] for i in row]) for row in order]
+        return torch.stack([torch.nn.functional.pad(v, (0, width - len(v)), value=fill) for v in joined])
 
-    batch = {
-        "input_ids": rows([e.input_ids for e in examples], pad),
+    batch: dict[str, Any] = {
+        "input_ids": rows([e.input_ids for e in examples], token),
         "attention_mask": rows([torch.ones_like(e.input_ids) for e in examples], 0),
-        "labels": rows([e.labels for e in examples], IGNORED),
+        # the first token follows nothing of its own, so in a packed row it must not be asked for
+        "labels": rows([torch.cat([e.labels.new_tensor([IGNORED]), e.labels[1:]]) for e in examples], IGNORED),
     }
-    if (images := Pictures.join([e.images for e in examples])) is not None:
+    if pack:
+        number = {i: place for row in order for place, i in enumerate(row, start=1)}
+        batch["segments"] = rows([torch.full_like(e.input_ids, number[i]) for i, e in enumerate(examples)], 0)
+    ordered = [examples[i] for row in order for i in row]
+    if (images := Pictures.join([e.images for e in ordered])) is not None:
         batch |= {"pixel_values": images.pixel_values, "grid_thw": images.grid_thw}
-    if (helpers := Pictures.join([e.helpers for e in examples])) is not None:
+    if (helpers := Pictures.join([e.helpers for e in ordered])) is not None:
         batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.grid_thw}
     return batch

@@ -102,6 +102,9 @@ class TrainRecipe:
         batch_size: examples of a process in one forward pass; times `accumulate` and processes gives the batch.
         warmup: steps, or a share of them when below 1.
         bucket: draw batches of examples of similar size.
+        pack: most tokens of a row that holds several examples (stages `sft` and `stage1`); 0 = one example a row.
+        feature_cache: a folder that keeps the features of a frozen vision tower, None = compute them each time.
+        workers: processes that prepare batches.
         save_every: steps between checkpoints; `keep` of them are kept.
         report_to: the Trainer's loggers (`tensorboard`, `wandb`, …).
     """
@@ -120,6 +123,8 @@ class TrainRecipe:
     bf16: bool = False
     gradient_checkpointing: bool = False
     bucket: bool = True
+    pack: int = 0
+    feature_cache: str | None = None
     workers: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -289,3 +294,15 @@ def _check(recipe: Recipe, origin: dict[str, str], path: str) -> None:
     for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
         require(getattr(train, name) > 0, f"train.{name}", "must be positive")
     require(train.learning_rate > 0, "train.learning_rate", "must be positive")
+    require(train.pack >= 0, "train.pack", "must be 0 (off) or the most tokens of a row")
+    require(train.workers >= 0, "train.workers", "must be 0 or more")
+    require(
+        train.pack == 0 or recipe.stage != "stage2",
+        "train.pack",
+        "a rollout (stage2) aligns its rows by their spans and cannot be packed; leave it out",
+    )
+    require(
+        train.feature_cache is None or model.freeze_vision,
+        "train.feature_cache",
+        "features of a vision tower that is trained cannot be kept; set model.freeze_vision or leave it out",
+    )

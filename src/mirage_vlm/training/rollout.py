@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mirage_vlm.modeling.segment_cache import SegmentCache, checkpoint_with_cache
+from mirage_vlm.training.packing import packed_attention
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -23,6 +24,10 @@ class Batch:
         labels: [B, T], −100 = no loss.
         pixel_values, grid_thw: the prompt's pictures of all rows, in row order; None where there are none.
         helper_pixel_values, helper_grid_thw: the helper images of all spans, in row order.
+        segments: [B, T], 1, 2, … in a packed row's first, second, … example, 0 in padding; None where each row is one
+            example.
+        picture_keys, helper_keys: names of the pictures and helper images by content, for a feature store; None where
+            the collator did not make them.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +37,9 @@ class Batch:
     grid_thw: torch.Tensor | None = None
     helper_pixel_values: torch.Tensor | None = None
     helper_grid_thw: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    picture_keys: tuple[str, ...] | None = None
+    helper_keys: tuple[str, ...] | None = None
 
 
 Run = tuple[int, int]  # first position, one past the last
@@ -61,10 +69,12 @@ def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None) ->
     if latents is not None:
         places = (batch.input_ids == vlm.config.pad_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(places, latents.to(embeds.dtype))
-    positions = vlm.positions(batch.input_ids, batch.attention_mask, batch.grid_thw)
-    return vlm.language_model(
-        inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    if batch.segments is not None:
+        told = packed_attention(vlm, batch.input_ids, batch.segments, batch.grid_thw)
+    else:
+        positions = vlm.positions(batch.input_ids, batch.attention_mask, batch.grid_thw)
+        told = {"attention_mask": batch.attention_mask, "position_ids": positions}
+    return vlm.language_model(inputs_embeds=embeds, use_cache=False, **told).last_hidden_state
 
 
 def forward_own(vlm: LatentVLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         recipe,
         training_arguments(recipe),
         train_dataset=examples,
-        data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1"),
+        data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1", pack=recipe.train.pack),
         callbacks=[MetricsFile(output / METRICS_FILE)],
     )
     if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
@@ -156,6 +156,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         seed=train.seed,
         bf16=train.bf16,
         dataloader_num_workers=train.workers,
+        dataloader_persistent_workers=train.workers > 0,
         logging_steps=train.log_every,
         logging_first_step=True,
         save_steps=train.save_every,
