@@ -14,42 +14,42 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
+WIDTHS = 32  # how many widths are tried
+SLACK = 1.02  # tokens, padding included, over the fewest possible, that narrower rows may cost
+
 
 def arrange(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Which examples share a row: few rows of at most `width` tokens, then as narrow as so many rows can be.
+    """Which examples share a row, so that rows of at most `width` tokens hold little padding.
 
-    First-fit decreasing. Where an example alone is longer than `width`, its row has its length, and so have the
-    others: they would be padded to it anyway.
+    First-fit decreasing at several widths. Of those with the least padding, up to `SLACK`, the narrowest is taken: a
+    dense attention mask costs the square of the width. An example that alone is longer than `width` has a row of its
+    length, and so have the others then: they would be padded to it anyway.
 
     Returns:
         The examples' numbers, row by row; both the rows and what is in them keep the order they came in.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    shortest, widest = max(lengths), max(width, *lengths)
+    found = {}
+    for step in range(WIDTHS):
+        rows = _first_fit(lengths, shortest + (widest - shortest) * step // (WIDTHS - 1))
+        found[max(sum(lengths[i] for i in row) for row in rows)] = rows
+    tokens = {wide: wide * len(rows) for wide, rows in found.items()}
+    best = min(wide for wide in found if tokens[wide] <= SLACK * min(tokens.values()))
+    return sorted(sorted(row) for row in found[best])
 
-    def fill(limit: int) -> list[list[int]]:
-        rows: list[list[int]] = []
-        room: list[int] = []
-        for i in longest_first:
-            row = next((r for r, left in enumerate(room) if left >= lengths[i]), None)
-            if row is None:
-                rows.append([i])
-                room.append(limit - lengths[i])
-            else:
-                rows[row].append(i)
-                room[row] -= lengths[i]
-        return rows
 
-    high = max(width, *lengths)
-    best = fill(high)
-    low = max(max(lengths), -(-sum(lengths) // len(best)))
-    while low < high:  # the narrowest of the rows' widths, up to first-fit's whims
-        middle = (low + high) // 2
-        rows = fill(middle)
-        if len(rows) == len(best):
-            best, high = rows, middle
-        else:
-            low = middle + 1
-    return sorted(sorted(row) for row in best)
+def _first_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """The longest example first, each into the first row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
 
 
 def packed_attention(
