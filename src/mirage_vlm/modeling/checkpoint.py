@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -134,13 +135,23 @@ class Pretrained(nn.Module):
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def write_files(self, folder: Path) -> None:
-        """Write model, tokenizer, image processor and feedback into an existing folder."""
+    def write_files(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write model, tokenizer, image processor and feedback into an existing folder.
+
+        Args:
+            state: the weights under the names of `state_dict()`, where the model itself holds only a share of them.
+        """
+        if state is None:
+            state = self.state_dict()
+        model, feedback = (
+            {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+            for part in ("model.", "feedback.")
+        )
         self.config.write(self.model.config)
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=model)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        weights = {name: tensor.contiguous() for name, tensor in self.feedback.state_dict().items()}
+        weights = {name: tensor.contiguous() for name, tensor in feedback.items()}
         if weights:
             save_file(weights, folder / FEEDBACK_FILE)
 

@@ -20,6 +20,7 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, open_source
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
+from mirage_vlm.training.shares import together
 from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
 from mirage_vlm.trajectory import Text
 
@@ -39,24 +40,29 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Raises:
         MirageError: the data, the model or the output folder is not as the recipe needs it.
     """
+    arguments = training_arguments(recipe)  # joins the other processes, where there are any
     output = Path(recipe.output_dir)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if last is not None and not resume:
-        raise MirageError(f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir")
-    examples = Examples([open_source(source) for source in recipe.data])
-    if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
-        raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
-    set_seed(recipe.train.seed)
-    vlm = prepare_model(recipe, examples)
-    if recipe.stage == "stage1":
-        for source, opened in zip(recipe.data, examples.sources, strict=True):
-            check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with together(arguments.device):
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is not None and not resume:
+            raise MirageError(
+                f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir"
+            )
+        examples = Examples([open_source(source) for source in recipe.data])
+        if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
+            raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
+        set_seed(recipe.train.seed)
+        vlm = prepare_model(recipe, examples)
+        if recipe.stage == "stage1":
+            for source, opened in zip(recipe.data, examples.sources, strict=True):
+                check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
+    if arguments.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
     trainer = LatentTrainer(
         vlm,
         recipe,
-        training_arguments(recipe),
+        arguments,
         train_dataset=examples,
         data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1", pack=recipe.train.pack),
         callbacks=[MetricsFile(output / METRICS_FILE)],
@@ -67,7 +73,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         try:
             trainer.train(resume_from_checkpoint=last)
         except MirageError as fault:  # a collation worker wraps its traceback around the message
-            raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+            raise type(fault)(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+    trainer.collect()
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
         vlm.save_pretrained(output / FINAL)

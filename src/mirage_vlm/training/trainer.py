@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.data import BucketSampler
+from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.rollout import Batch
+from mirage_vlm.training.shares import ShareCollator, Shares, together
 
 STAGE_LOSSES = {"sft": stage1, "stage1": stage1, "stage2": stage2}
+SUMS = ("ce_sum", "align_sum", "tokens", "latents", "correct")  # of a micro-batch; what is logged comes from them
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.json"
 TRAINABLE_FILE = "trainable.safetensors"
@@ -36,15 +43,14 @@ class StageModule(nn.Module):
         self.vlm = vlm
         self.stage = stage
 
-    def forward(self, **tensors: torch.Tensor) -> dict[str, Any]:
-        found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**tensors))
-        return {
-            "ce_sum": found.ce_sum,
-            "align_sum": found.align_sum,
-            "tokens": found.tokens,
-            "latents": found.latents,
-            "correct": found.correct,
-        }
+    def forward(self, in_step: tuple[Needs, Needs] | None = None, **batch: Any) -> dict[str, Any]:
+        """The sums of a batch. `in_step`, where weights are shared out: what it and what any other batch takes."""
+        with counted(self.vlm.language_model) as calls:
+            found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**batch))
+        sums = {name: getattr(found, name) for name in SUMS}
+        if in_step is not None:
+            sums["ce_sum"] = sums["ce_sum"] + make_up(self.vlm, calls[0], *in_step)
+        return sums
 
 
 class LatentTrainer(transformers.Trainer):
@@ -59,10 +65,26 @@ class LatentTrainer(transformers.Trainer):
         self.vlm = vlm
         self.recipe = recipe
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
-        self._sums: dict[str, float] = {}
+        self._sums: torch.Tensor | None = None  # of SUMS since the last log, of this process
         self._staging: str | None = None
+        self._dtype = vlm.model.dtype  # accelerate may train a float32 copy
 
     # -- loss --------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of a step. A batch that cannot be made ends all processes, with its one line."""
+        batches: list[dict[str, Any]] = []
+        with together(device):
+            batches += itertools.islice(epoch_iterator, num_batches)
+        if self.is_fsdp_enabled:
+            own = [needs_of(batch, self.recipe.stage, self.vlm.config.pad_id) for batch in batches]
+            largest = torch.tensor([astuple(needs) for needs in own], device=device)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            for batch, needs, most in zip(batches, own, largest.tolist(), strict=True):
+                batch["in_step"] = (needs, Needs(*most))
+        return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """[2] labelled tokens and latent tokens of the whole step."""
@@ -95,14 +117,15 @@ class LatentTrainer(transformers.Trainer):
         ce_weight = weights.ce if self.recipe.stage == "stage1" else 1.0
         loss = ce_weight * found["ce_sum"] / tokens + weights.align * found["align_sum"] / latents
         loss = loss * self.args.world_size  # gradients are averaged over processes
-        for key in ("ce_sum", "align_sum", "tokens", "latents", "correct"):
-            self._sums[key] = self._sums.get(key, 0.0) + float(torch.as_tensor(found[key]).detach())
+        sums = torch.stack([torch.as_tensor(found[name], device=loss.device).detach().double() for name in SUMS])
+        self._sums = sums if self._sums is None else self._sums + sums
         return (loss, found) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms since the last log: nats a token, 1 − cosine, share of tokens right, latents."""
-        if "loss" in logs and self._sums:
-            sums, self._sums = self._sums, {}
+        """Add the loss terms since the last log, of all processes: nats a token, 1 − cosine, share right, latents."""
+        if "loss" in logs and self._sums is not None:
+            total = self.accelerator.reduce(self._sums, reduction="sum").tolist()
+            sums, self._sums = dict(zip(SUMS, total, strict=True)), None
             logs["ce"] = sums["ce_sum"] / max(sums["tokens"], 1)
             if self.recipe.stage == "stage1":
                 logs["align"] = sums["align_sum"] / max(sums["latents"], 1)
@@ -112,6 +135,26 @@ class LatentTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     # -- order of the data -------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of this process. accelerate is not asked to split them: see `Shares`."""
+        args = self.args
+        batches = Shares(
+            self._get_train_sampler(), args.train_batch_size, args.process_index, args.world_size, self._epoch
+        )
+        self._rounds = len(batches)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=ShareCollator(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def _epoch(self) -> int:
+        """Whole passes over the data behind the current step."""
+        return self.state.global_step // -(-self._rounds // self.args.gradient_accumulation_steps)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> BucketSampler:
         train = self.recipe.train
@@ -146,22 +189,50 @@ class LatentTrainer(transformers.Trainer):
             for step in steps[: -self.recipe.train.keep]:
                 shutil.rmtree(run_dir / f"checkpoint-{step}")
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights. A process that holds only a share of them sends it to the first one."""
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            self._save(output_dir, state)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Trained weights only where adapters are trained, else a checkpoint that `from_pretrained` loads."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        state = self.vlm.state_dict() if state_dict is None else self._own(state_dict)
         if self.recipe.model.lora is not None:
-            trainable = {n: p.detach().contiguous() for n, p in self.vlm.named_parameters() if p.requires_grad}
-            save_file(trainable, folder / TRAINABLE_FILE)
+            trained = [name for name, parameter in self.vlm.named_parameters() if parameter.requires_grad]
+            save_file({name: state[name].contiguous() for name in trained}, folder / TRAINABLE_FILE)
         else:
-            self.vlm.write_files(folder)
+            self.vlm.write_files(folder, state)
         (folder / RECIPE_FILE).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
 
+    def _own(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state of the wrapped module as that of `vlm`, in the dtype that its weights had before training."""
+        return {
+            name.removeprefix("vlm."): tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+
+    def collect(self) -> None:
+        """After training: whole weights in `vlm`, of the first process only where they were shared out."""
+        if not self.is_fsdp_enabled:
+            return
+        state = self._own(self.accelerator.get_state_dict(self.model))
+        if self.is_world_process_zero():
+            for name, parameter in list(self.vlm.named_parameters()):
+                parent, _, child = name.rpartition(".")
+                setattr(self.vlm.get_submodule(parent), child, nn.Parameter(state[name], parameter.requires_grad))
+            self.vlm.model.tie_weights()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.load_weights(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.load_weights(resume_from_checkpoint)
 
     def load_weights(self, checkpoint: str) -> None:
-        """Take the weights of one of this run's checkpoints."""
+        """Take the weights of one of this run's checkpoints, before they are shared out."""
         folder = Path(checkpoint)
         if self.recipe.model.lora is not None:
             self.vlm.load_state_dict(load_file(folder / TRAINABLE_FILE), strict=False)
