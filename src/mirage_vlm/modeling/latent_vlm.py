@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from mirage_vlm.modeling.checkpoint import Pretrained
 from mirage_vlm.modeling.config import LatentConfig
 from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
+from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import build_feedback
 from mirage_vlm.modeling.pooling import check_pooling, pool
 
@@ -43,6 +45,7 @@ class LatentVLM(Pretrained):
         self.image_processor = image_processor
         self.config = config
         self.family = family_of(model.config)
+        self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         self.encoder = Encoder(tokenizer, image_processor, config, self.family)
         self.feedback = build_feedback(config.feedback, self.width).to(model.device, model.dtype)
         config.write(model.config)
@@ -67,7 +70,12 @@ class LatentVLM(Pretrained):
         return torch.where(latent, self.feedback(previous), self.embed(token_ids))
 
     def targets(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, lengths: Sequence[int], detach: bool = True
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor,
+        lengths: Sequence[int],
+        detach: bool = True,
+        keys: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """The targets of latent spans: each helper image through the vision tower, then pooled.
 
@@ -76,12 +84,13 @@ class LatentVLM(Pretrained):
             grid_thw: [spans, 3].
             lengths: k of each span.
             detach: keep gradients out of the vision tower.
+            keys: as for `image_features`.
 
         Returns:
             [sum of k, D] in span order.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-            features = self.family.image_features(self.model, pixel_values, grid_thw)
+            features = self.image_features(pixel_values, grid_thw, keys)
             pooled = [
                 pool(patches, self.family.merged_grid(grid), k, self.config.pooling)
                 for patches, grid, k in zip(features, grid_thw, lengths, strict=True)
@@ -90,23 +99,42 @@ class LatentVLM(Pretrained):
 
     # -- the pieces of a forward pass --------------------------------------------------------------------------
 
+    def image_features(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, keys: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """Features of each picture, [n_i, D] in raster order; kept ones where there is a store and no graph is built.
+
+        Args:
+            pixel_values: [patches of all pictures, C · t · p · p].
+            grid_thw: [pictures, 3].
+            keys: `picture_keys` of them, if they are known; only a store reads them.
+        """
+        compute = partial(self.family.image_features, self.model)
+        if self.feature_store is None or torch.is_grad_enabled():
+            return compute(pixel_values, grid_thw)
+        return self.feature_store.features(pixel_values, grid_thw, keys, compute)
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[...] token ids → [..., D] embeddings of the table."""
         return self.model.get_input_embeddings()(token_ids)
 
     def embed_prompt(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, grid_thw: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        grid_thw: torch.Tensor | None,
+        keys: Sequence[str] | None = None,
     ) -> torch.Tensor:
         """[B, T] ids and the pictures of all rows, in row order → [B, T, D] embeddings with the pictures in place.
 
-        No graph is built through the vision tower where its parameters are frozen.
+        `keys` is as for `image_features`. No graph is built through the vision tower where its parameters are frozen.
         """
         embeds = self.embed(input_ids)
         if pixel_values is None or grid_thw is None:
             return embeds
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = torch.cat(self.family.image_features(self.model, pixel_values, grid_thw))
+            features = torch.cat(self.image_features(pixel_values, grid_thw, keys))
         places = (input_ids == self.family.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(places, features.to(embeds.dtype))
 
