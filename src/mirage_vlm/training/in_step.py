@@ -26,22 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a batch takes: passes through the decoder (at most), and whether it has prompt pictures and spans."""
+    """What a batch takes: passes through the decoder (at most); whether the vision tower and the feedback are used."""
 
     passes: int
-    pictures: int
-    spans: int
+    vision: int
+    feedback: int
 
 
 def needs_of(batch: Mapping[str, torch.Tensor], stage: str, pad_id: int) -> Needs:
     """What a collated batch takes in a stage."""
     runs = span_runs(batch["input_ids"], pad_id)
-    spans = max(len(row) for row in runs)
-    passes = 1
-    if stage == "stage2":  # a pass for each text segment and for each latent of the longest span between two
-        lengths = [[row[s][1] - row[s][0] for row in runs if s < len(row)] for s in range(spans)]
-        passes += spans + sum(map(max, lengths))
-    return Needs(passes, int("pixel_values" in batch), int(spans > 0))
+    spans = max(len(row) for row in runs) if stage == "stage2" else 0
+    # a pass for each text segment, and for each latent of the longest span between two of them
+    longest = [max(row[s][1] - row[s][0] for row in runs if s < len(row)) for s in range(spans)]
+    return Needs(1 + spans + sum(longest), int("pixel_values" in batch), int(spans > 0))
 
 
 @contextmanager
@@ -69,9 +67,9 @@ def make_up(vlm: LatentVLM, taken: int, own: Needs, all_need: Needs) -> torch.Te
     if taken > all_need.passes:  # the others can't know of it; better an error than a deadlock
         raise RuntimeError(f"a batch took {taken} passes through the decoder, {all_need.passes} were agreed on")
     zero = torch.zeros((), device=vlm.device)
-    if all_need.pictures > own.pictures:
+    if all_need.vision > own.vision:
         zero = zero + _touch(vlm.vision_tower)
-    if all_need.spans > own.spans:
+    if all_need.feedback > own.feedback:
         zero = zero + _touch(vlm.feedback)
     token = torch.full((1, 1), vlm.tokenizer.eos_token_id, device=vlm.device)
     with checkpoint_with_cache(vlm.language_model):

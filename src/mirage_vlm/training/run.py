@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.checkpoint import has_latents
+from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, open_source
@@ -64,16 +65,18 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         recipe,
         arguments,
         train_dataset=examples,
-        data_collator=Collator(vlm.encoder, targets=recipe.stage == "stage1", pack=recipe.train.pack),
+        data_collator=Collator(
+            vlm.encoder,
+            targets=recipe.stage == "stage1",
+            pack=recipe.train.pack,
+            keys=vlm.feature_store is not None,
+        ),
         callbacks=[MetricsFile(output / METRICS_FILE)],
     )
     if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
         trainer.load_weights(last)  # the run was over; transformers would train one step more
     else:
-        try:
-            trainer.train(resume_from_checkpoint=last)
-        except MirageError as fault:  # a collation worker wraps its traceback around the message
-            raise type(fault)(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+        trainer.train(resume_from_checkpoint=last)
     trainer.collect()
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
@@ -102,8 +105,11 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         else:
             vlm = LatentVLM.from_base(wanted.path, **options, **latent)
     vlm.vision_tower.requires_grad_(not wanted.freeze_vision)
+    vlm.feedback.requires_grad_(recipe.stage == "stage2")  # no other stage reads it
     if wanted.lora is not None:
         add_adapters(vlm, wanted.lora)
+    if recipe.train.feature_cache is not None:
+        vlm.feature_store = FeatureStore(recipe.train.feature_cache, vlm.vision_tower)
     if recipe.train.gradient_checkpointing:
         vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
     return vlm

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
-from mirage_vlm.training.data import BucketSampler
+from mirage_vlm.training.data import BucketSampler, in_one_line
 from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.recipe import Recipe
@@ -76,7 +76,7 @@ class LatentTrainer(transformers.Trainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """The micro-batches of a step. A batch that cannot be made ends all processes, with its one line."""
         batches: list[dict[str, Any]] = []
-        with together(device):
+        with together(device), in_one_line():
             batches += itertools.islice(epoch_iterator, num_batches)
         if self.is_fsdp_enabled:
             own = [needs_of(batch, self.recipe.stage, self.vlm.config.pad_id) for batch in batches]
@@ -220,10 +220,11 @@ class LatentTrainer(transformers.Trainer):
             return
         state = self._own(self.accelerator.get_state_dict(self.model))
         if self.is_world_process_zero():
-            for name, parameter in list(self.vlm.named_parameters()):
+            whole: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+            for name, share in list(self.vlm.named_parameters(remove_duplicate=False)):
                 parent, _, child = name.rpartition(".")
-                setattr(self.vlm.get_submodule(parent), child, nn.Parameter(state[name], parameter.requires_grad))
-            self.vlm.model.tie_weights()
+                whole.setdefault(share, nn.Parameter(state[name], share.requires_grad))
+                setattr(self.vlm.get_submodule(parent), child, whole[share])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -239,6 +240,8 @@ class LatentTrainer(transformers.Trainer):
             return
         saved = LatentVLM.from_pretrained(folder, dtype=self.vlm.model.dtype)
         self.vlm.load_state_dict(saved.state_dict())
+        if self.vlm.feature_store is not None:
+            self.vlm.feature_store.look_again()
 
 
 class MetricsFile(TrainerCallback):
