@@ -79,9 +79,9 @@ def test_sources_follow_one_another():
 def test_sizes_tell_long_examples_from_short_ones():
     written = [dialogue(["Go"], [answer]) for answer in ("up", "up, down", "up, down, up, down, left")]
     direct, cot = (GeneratedDataset("vsp-planning", [3, 6], 40, style=style) for style in ("direct", "cot"))
-    sizes = Examples([written]).sizes
+    sizes = list(Examples([written]).sizes)
     assert sizes == sorted(set(sizes)) and sizes[0] < sizes[2] / 3
-    small, large = Examples([direct]).sizes[::2], Examples([direct]).sizes[1::2]
+    small, large = list(Examples([direct]).sizes)[::2], list(Examples([direct]).sizes)[1::2]
     assert max(small) < min(large), "a larger map has more image tokens"
     assert sum(Examples([cot]).sizes) > sum(Examples([direct]).sizes)
 
@@ -154,3 +154,26 @@ def test_a_short_batch_comes_last():
     order = list(BucketSampler(SIZES, 8, 0, bucket=True))
     assert 1037 % 8 == 5
     assert spread(order[:1032], 8) < 2
+
+
+class Counting(GeneratedDataset):
+    """A generated source that counts how often each example is made."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.made = Counter()
+
+    def __getitem__(self, i):
+        self.made[i] += 1
+        return super().__getitem__(i)
+
+
+def test_examples_are_measured_when_their_turn_comes_and_once():
+    source = Counting("vsp-planning", [3, 4], 500)
+    sampler = BucketSampler(Examples([source]).sizes, 2, 0)
+    order = iter(sampler)
+    next(order)
+    assert sum(source.made.values()) == 100, "50 batches of 2"
+    rest = list(order)
+    assert len(rest) == 499 and list(sampler)[1:] == rest
+    assert set(source.made.values()) == {1} and len(source.made) == 500

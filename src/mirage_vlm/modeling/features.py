@@ -16,6 +16,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -52,7 +53,8 @@ def fingerprint(tower: nn.Module) -> str:
     Raises:
         MirageError: its weights are not in this process.
     """
-    config = {k: v for k, v in tower.config.to_dict().items() if k not in ("dtype", "torch_dtype", "_name_or_path")}
+    own: Any = tower.config
+    config = {k: v for k, v in own.to_dict().items() if k not in ("dtype", "torch_dtype", "_name_or_path")}
     digest = hashlib.sha256(f"{transformers.__version__} {json.dumps(config, sort_keys=True, default=str)}".encode())
     for name, tensor in sorted(tower.state_dict().items()):
         if tensor.is_meta:
@@ -79,12 +81,17 @@ class FeatureStore:
     def __init__(self, folder: str | Path, tower: nn.Module):
         if any(parameter.requires_grad for parameter in tower.parameters()):
             raise MirageError("features of a vision tower that is trained cannot be kept; set model.freeze_vision")
-        self.folder = Path(folder) / fingerprint(tower)
+        self.root, self.tower = Path(folder), tower
         self.full = False  # a write has failed
+        self.look_again()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             raise MirageError(f"{folder}: cannot keep features there: {fault.strerror or fault}") from fault
+
+    def look_again(self) -> None:
+        """Take the tower for what it is now; to be called when it was given other weights."""
+        self.folder = self.root / fingerprint(self.tower)
 
     def features(
         self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, keys: Sequence[str] | None, compute: Compute
@@ -117,10 +124,10 @@ class FeatureStore:
         return [found[key] for key in keys]
 
     def _path(self, key: str, device: torch.device) -> Path:
-        """Under autocast the tower computes something else than its weights' dtype says."""
+        """Where a picture's features are: by what the tower computes in, too, which need not be its weights' dtype."""
         autocast = torch.is_autocast_enabled(device.type)
-        precision = str(torch.get_autocast_dtype(device.type)) if autocast else "own"
-        return self.folder / precision.removeprefix("torch.") / key[:2] / f"{key}.safetensors"
+        precision = torch.get_autocast_dtype(device.type) if autocast else next(self.tower.parameters()).dtype
+        return self.folder / str(precision).removeprefix("torch.") / key[:2] / f"{key}.safetensors"
 
     def _read(self, path: Path) -> torch.Tensor | None:
         """What a file holds; None where there is none or it is damaged."""
@@ -159,9 +166,9 @@ class FeatureStore:
             log.warning("%s: cannot be written (%s); no more features are kept", path, fault.strerror or fault)
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in main memory, of any dtype."""
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor in main memory, of any dtype, as an array."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _checksum(tensor: torch.Tensor) -> str:

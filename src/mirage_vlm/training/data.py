@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset, Sampler
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling.encoding import IGNORED, Encoded, Encoder, Pictures
+from mirage_vlm.modeling.features import picture_keys
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.packing import arrange
 from mirage_vlm.trajectory import Trajectory
@@ -36,16 +38,42 @@ class Examples(Dataset[Trajectory]):
         self.ends = list(itertools.accumulate(len(source) for source in self.sources))
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """A rough size of each example, for batches of similar ones. Makes every example once."""
-        return [size for source in self.sources for size in _sizes(source)]
+    def sizes(self) -> Sizes:
+        """A rough size of each example, for batches of similar ones."""
+        return Sizes(self)
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> Trajectory:
+        source, i = self.place(index)
+        return source[i]
+
+    def place(self, index: int) -> tuple[Sequence[Trajectory], int]:
+        """The source that an example is of, and its number there."""
         which = bisect.bisect_right(self.ends, index)
-        return self.sources[which][index - (self.ends[which - 1] if which else 0)]
+        return self.sources[which], index - (self.ends[which - 1] if which else 0)
+
+
+class Sizes:
+    """Words and signs of each example's response; of a generated one also the cells of its map.
+
+    To measure an example is to make it, so each is measured when its size is first asked for, and once.
+    """
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+        self.known: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> int:
+        if index not in self.known:
+            source, i = self.examples.place(index)
+            cells = source.levels[i % len(source.levels)] ** 2 if isinstance(source, GeneratedDataset) else 0
+            self.known[index] = cells + len(WORD.findall(source[i].text))
+        return self.known[index]
 
 
 def open_source(source: DataRecipe) -> Sequence[Trajectory]:
@@ -88,22 +116,16 @@ def check_spans(encoder: Encoder, source: Sequence[Trajectory], where: str) -> N
                 raise MirageError(f"{where}: example {i + 1}: {fault}") from fault
 
 
-def _sizes(source: Sequence[Trajectory]) -> Iterator[int]:
-    """Words and signs of the response; of a generated source also the cells of its map."""
-    for i in range(len(source)):
-        cells = source.levels[i % len(source.levels)] ** 2 if isinstance(source, GeneratedDataset) else 0
-        yield cells + len(WORD.findall(source[i].text))
-
-
 class BucketSampler(Sampler[int]):
     """A random order in which neighbours are of similar size; a function of seed and epoch alone.
 
     A shuffled pool of 50 batches is sorted by size and its batches are shuffled again. `batch` is that of one forward
     pass: accumulated passes and processes then see different sizes, which keeps the mixture of an optimisation step
-    that of the data. Since nothing else enters, a resumed run sees the same order.
+    that of the data. Since nothing else enters, a resumed run sees the same order. The sizes of a pool are asked for
+    when its turn comes.
     """
 
-    def __init__(self, sizes: Sequence[int], batch: int, seed: int, bucket: bool = True):
+    def __init__(self, sizes: Sequence[int] | Sizes, batch: int, seed: int, bucket: bool = True):
         self.sizes, self.batch, self.seed, self.bucket, self.epoch = sizes, batch, seed, bucket, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,15 +139,35 @@ class BucketSampler(Sampler[int]):
         order = list(range(len(self.sizes)))
         rng.shuffle(order)
         if not self.bucket:
-            return iter(order)
-        batches: list[list[int]] = []
+            yield from order
+            return
         for start in range(0, len(order), 50 * self.batch):
             pool = sorted(order[start : start + 50 * self.batch], key=lambda i: self.sizes[i])
-            batches += [pool[j : j + self.batch] for j in range(0, len(pool), self.batch)]
-        tail = [batch for batch in batches if len(batch) < self.batch]  # a short batch must come last
-        batches = [batch for batch in batches if len(batch) == self.batch]
-        rng.shuffle(batches)
-        return itertools.chain.from_iterable(batches + tail)
+            whole = len(pool) - len(pool) % self.batch
+            batches = [pool[j : j + self.batch] for j in range(0, whole, self.batch)]
+            rng.shuffle(batches)
+            yield from itertools.chain.from_iterable(batches)
+            yield from pool[whole:]  # a short batch must come last
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Within, faults of the processes that prepare batches come as the one line that they are meant to be.
+
+    Raises:
+        MirageError: what a worker raised, without the traceback that torch puts around it; or one has been killed.
+    """
+    try:
+        yield
+    except MirageError as fault:
+        raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+    except RuntimeError as fault:
+        if not str(fault).startswith("DataLoader worker"):
+            raise
+        raise MirageError(
+            f"a process that prepares batches ended: {str(fault).splitlines()[0].strip()} "
+            "If memory ran out, lower train.workers or train.batch_size"
+        ) from fault
 
 
 @dataclass(frozen=True)
@@ -136,14 +178,21 @@ class Collator:
         encoder: of the checkpoint.
         targets: process the helper images (stage 1).
         pack: most tokens of a row that holds several examples; 0 gives each a row of its own.
+        keys: name the pictures by their content, for a feature store.
     """
 
     encoder: Encoder
     targets: bool
     pack: int = 0
+    keys: bool = False
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-        return collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder, self.pack)
+        batch = collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder, self.pack)
+        if self.keys:
+            for kind, name in (("", "picture_keys"), ("helper_", "helper_keys")):
+                if kind + "pixel_values" in batch:
+                    batch[name] = picture_keys(batch[kind + "pixel_values"], batch[kind + "grid_thw"])
+        return batch
 
 
 def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0) -> dict[str, Any]:

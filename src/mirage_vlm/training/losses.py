@@ -66,7 +66,9 @@ def stage1(vlm: LatentVLM, batch: Batch, *, detach_targets: bool = True) -> Stag
         return _token_loss(vlm, batch, forward_given(vlm, batch, None))
     if batch.helper_pixel_values is None or batch.helper_grid_thw is None:
         raise ValueError("stage 1 needs the helper images of its spans; collate with targets=True")
-    targets = vlm.targets(batch.helper_pixel_values, batch.helper_grid_thw, lengths, detach=detach_targets)
+    targets = vlm.targets(
+        batch.helper_pixel_values, batch.helper_grid_thw, lengths, detach=detach_targets, keys=batch.helper_keys
+    )
     hidden = forward_given(vlm, batch, targets)
     predicting = hidden[:, :-1][batch.input_ids[:, 1:] == vlm.config.pad_id]
     align = (1 - F.cosine_similarity(predicting.float(), targets.float(), dim=-1)).sum()

@@ -65,7 +65,7 @@ def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None) ->
     Returns:
         [B, T, D] hidden states after the final norm.
     """
-    embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw)
+    embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
     if latents is not None:
         places = (batch.input_ids == vlm.config.pad_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(places, latents.to(embeds.dtype))
@@ -109,7 +109,7 @@ class _Roll:
     def __init__(self, vlm: LatentVLM, batch: Batch):
         self.vlm = vlm
         self.input_ids = batch.input_ids
-        self.embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw)
+        self.embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
         self.positions = vlm.positions(batch.input_ids, batch.attention_mask, batch.grid_thw)  # [3, B, T]
         self.rows = batch.input_ids.shape[0]
         self.device = batch.input_ids.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,10 +45,8 @@ class Shares(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         self.order.set_epoch(self.epoch())
-        order = list(self.order)
-        size = self.batch * self.processes
-        for start in range(0, len(order), size):
-            dealt = order[start : start + size]
+        order = iter(self.order)  # taken as it is needed: it measures examples on the way
+        while dealt := list(itertools.islice(order, self.batch * self.processes)):
             cuts = [len(dealt) * rank // self.processes for rank in (self.rank, self.rank + 1)]
             yield dealt[cuts[0] : cuts[1]]
 
