@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
@@ -47,10 +48,16 @@ class StageModule(nn.Module):
         """The sums of a batch. `in_step`, where weights are shared out: what it and what any other batch takes."""
         with counted(self.vlm.language_model) as calls:
             found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**batch))
-        sums = {name: getattr(found, name) for name in SUMS}
+        ce_sum = found.ce_sum
         if in_step is not None:
-            sums["ce_sum"] = sums["ce_sum"] + make_up(self.vlm, calls[0], *in_step)
-        return sums
+            ce_sum = ce_sum + make_up(self.vlm, calls[0], *in_step)
+        sums = [torch.as_tensor(getattr(found, name), device=ce_sum.device).detach().double() for name in SUMS]
+        # as integers: the mixed precision of FSDP rounds all floating-point outputs of a module
+        return {"ce_sum": ce_sum, "align_sum": found.align_sum, "bits": torch.stack(sums).view(torch.int64)}
+
+    def tie_weights(self) -> None:
+        """Asked for by accelerate where it loads weights in the first process only and sends them round."""
+        self.vlm.model.tie_weights()
 
 
 class LatentTrainer(transformers.Trainer):
@@ -109,15 +116,19 @@ class LatentTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> Any:
         found = model(**inputs)
-        if isinstance(num_items_in_batch, torch.Tensor):
-            tokens, latents = num_items_in_batch.clamp(min=1)
-        else:
-            tokens, latents = max(found["tokens"], 1), max(found["latents"], 1)
+        sums = found["bits"].view(torch.float64)
+        counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else sums[2:4]
+        tokens, latents = counts.clamp(min=1)
         weights = self.recipe.loss
         ce_weight = weights.ce if self.recipe.stage == "stage1" else 1.0
-        loss = ce_weight * found["ce_sum"] / tokens + weights.align * found["align_sum"] / latents
-        loss = loss * self.args.world_size  # gradients are averaged over processes
-        sums = torch.stack([torch.as_tensor(found[name], device=loss.device).detach().double() for name in SUMS])
+        scale = self.args.world_size  # gradients are averaged over processes
+
+        def weighted(ce_sum: torch.Tensor, align_sum: torch.Tensor) -> torch.Tensor:
+            return (ce_weight * ce_sum / tokens + weights.align * align_sum / latents) * scale
+
+        loss = weighted(found["ce_sum"], found["align_sum"]).float()
+        if found["ce_sum"].dtype != torch.float32:
+            loss = loss + (weighted(*sums[:2]) - loss).detach().float()  # the value before it was rounded
         self._sums = sums if self._sums is None else self._sums + sums
         return (loss, found) if return_outputs else loss
 
@@ -204,21 +215,23 @@ class LatentTrainer(transformers.Trainer):
             trained = [name for name, parameter in self.vlm.named_parameters() if parameter.requires_grad]
             save_file({name: state[name].contiguous() for name in trained}, folder / TRAINABLE_FILE)
         else:
-            self.vlm.write_files(folder, state)
+            self.vlm.write_files(folder, self._rounded(state))
         (folder / RECIPE_FILE).write_text(json.dumps(self.recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-    def _own(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The state of the wrapped module as that of `vlm`, in the dtype that its weights had before training."""
-        return {
-            name.removeprefix("vlm."): tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in state.items()
-        }
+    @staticmethod
+    def _own(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state of the wrapped module under the names of `vlm`."""
+        return {name.removeprefix("vlm."): tensor for name, tensor in state.items()}
+
+    def _rounded(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights in the dtype that they had before training."""
+        return {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in state.items()}
 
     def collect(self) -> None:
         """After training: whole weights in `vlm`, of the first process only where they were shared out."""
         if not self.is_fsdp_enabled:
             return
-        state = self._own(self.accelerator.get_state_dict(self.model))
+        state = self._rounded(self._own(self.accelerator.get_state_dict(self.model)))
         if self.is_world_process_zero():
             whole: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
             for name, share in list(self.vlm.named_parameters(remove_duplicate=False)):
@@ -227,10 +240,17 @@ class LatentTrainer(transformers.Trainer):
                 setattr(self.vlm.get_submodule(parent), child, whole[share])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled:
+            self.load_weights(resume_from_checkpoint)
+        elif self.recipe.model.lora is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.load_weights(resume_from_checkpoint)
+            saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
+            shares: dict[str, Any] = dict(self.vlm.named_parameters())
+            for name, whole in saved.items():
+                mesh, placements = shares[name].device_mesh, shares[name].placements
+                share = distribute_tensor(whole.to(shares[name].device), mesh, placements, src_data_rank=None)
+                shares[name].data.copy_(share)
 
     def load_weights(self, checkpoint: str) -> None:
         """Take the weights of one of this run's checkpoints, before they are shared out."""
