@@ -76,7 +76,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
         trainer.load_weights(last)  # the run was over; transformers would train one step more
     else:
-        trainer.train(resume_from_checkpoint=last)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        finally:
+            trainer.callback_handler.train_dataloader = None  # its worker processes end with it
     trainer.collect()
     if trainer.is_world_process_zero():
         merge_adapters(vlm)
