@@ -160,7 +160,7 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except MirageError as fault:
-        raise MirageError(str(fault).rpartition("MirageError: ")[2].strip()) from fault
+        raise type(fault)(str(fault).rpartition("MirageError: ")[2].strip()) from fault
     except RuntimeError as fault:
         if not str(fault).startswith("DataLoader worker"):
             raise

@@ -19,7 +19,7 @@ from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
-from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, open_source
+from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, in_one_line, open_source
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.shares import together
 from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
@@ -77,7 +77,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         trainer.load_weights(last)  # the run was over; transformers would train one step more
     else:
         try:
-            trainer.train(resume_from_checkpoint=last)
+            with in_one_line():
+                trainer.train(resume_from_checkpoint=last)
         finally:
             trainer.callback_handler.train_dataloader = None  # its worker processes end with it
     trainer.collect()

@@ -161,6 +161,7 @@ class LatentTrainer(transformers.Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
+            generator=torch.Generator(),  # seeds its workers; they must not take from what training draws from
         )
 
     def _epoch(self) -> int:
