@@ -17,7 +17,8 @@ from mirage_vlm.modeling.encoding import IGNORED, Encoded
 from mirage_vlm.tasks import from_record
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.data import collate
-from mirage_vlm.training.rollout import Batch, forward_own
+from mirage_vlm.training.own import forward_own
+from mirage_vlm.training.rollout import Batch
 
 ROOT = Path(__file__).parent.parent
 VSP = Path(__file__).parent / "data" / "vsp"

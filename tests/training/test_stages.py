@@ -22,7 +22,7 @@ from support import (
 )
 
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.training import losses, rollout
+from mirage_vlm.training import losses, own
 from mirage_vlm.training.losses import stage1, stage2
 from mirage_vlm.training.rollout import Batch, span_runs
 
@@ -371,11 +371,11 @@ def test_targets_in_the_wrong_places_are_found_out(fresh, batch, monkeypatch):
 
 
 def test_attention_to_padding_is_found_out(fresh, batch, monkeypatch):
-    own = rollout.SegmentCache
+    cache = own.SegmentCache
     forward = fresh.language_model.forward
 
     def wrong(*args, attention_mask=None, past_key_values=None, **options):
-        if isinstance(past_key_values, own):
+        if isinstance(past_key_values, cache):
             attention_mask = torch.ones_like(attention_mask)
         return forward(*args, attention_mask=attention_mask, past_key_values=past_key_values, **options)
 

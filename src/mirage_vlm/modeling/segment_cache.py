@@ -2,13 +2,16 @@
 
 Stage 2 runs a row in pieces (text, latent steps, text) and the gradient flows from one piece into the keys and
 values of those before it. transformers' own cache is grown in place, so it drops the cache when a layer is
-checkpointed: the recomputation would grow it twice. Here each piece has a cache object of its own that only
-reads the past; what the piece adds is handed to the next one.
+checkpointed: the recomputation would grow it twice. Here each pass has a cache object of its own that only reads the
+past; what the pass adds is handed to the next one.
+
+What is handed on stands in one buffer for each layer, of which every pass sees the front. Were it copied instead,
+the graph would keep a copy of the whole past for every latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,37 +21,95 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
 
+class _Buffer:
+    """Room for the keys (or the values) of a whole rollout in one layer, filled from the front."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.filled = 0
+        self.memory: torch.Tensor | None = None
+
+    def extend(self, begin: int, new: torch.Tensor) -> torch.Tensor:
+        """The first `begin` positions and [B, H, m, d] new ones, as a view; what stands there is not written again."""
+        end = begin + new.shape[-2]
+        if self.memory is None:
+            self.memory = new.new_empty(*new.shape[:-2], self.room, new.shape[-1])
+        if end > self.filled:  # not in a recomputation
+            self.memory[..., begin:end, :] = new
+            self.filled = end
+        # autograd refuses a tensor that was written to after it was saved, and takes all views of a memory for one
+        # tensor. A view of `data` has a version of its own; what it shows stays as it is.
+        return self.memory.data[..., :end, :]
+
+
+class _Grow(torch.autograd.Function):
+    """[B, H, n, d] past and [B, H, m, d] new → [B, H, n + m, d]: a concatenation, the past already in the buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, past: torch.Tensor | None, new: torch.Tensor, buffer: _Buffer) -> torch.Tensor:
+        ctx.begin = 0 if past is None else past.shape[-2]
+        return buffer.extend(ctx.begin, new)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+        (gradient,) = gradients
+        return gradient[..., : ctx.begin, :] if ctx.begin else None, gradient[..., ctx.begin :, :], None
+
+
+Pair = tuple[torch.Tensor | None, torch.Tensor | None]  # keys and values
+
+
 class _SegmentLayer(DynamicLayer):
     """Keys and values of one layer up to this segment; `update` may run again and gives the same."""
 
-    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None):
+    def __init__(self, past: Pair, buffers: tuple[_Buffer, _Buffer], keep: bool):
         super().__init__()
-        self.past = past
-        self.grown: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.past, self.buffers, self.keep = past, buffers, keep
+        self.grown: Pair = (None, None)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.past is not None:
-            key_states = torch.cat([self.past[0], key_states], dim=-2)
-            value_states = torch.cat([self.past[1], value_states], dim=-2)
-        if self.grown is None:  # not in a recomputation
-            self.grown = (key_states, value_states)
-        return key_states, value_states
+        keys, values = (
+            _Grow.apply(past, new, buffer) if self.keep else new if past is None else torch.cat([past, new], dim=-2)
+            for past, new, buffer in zip(self.past, (key_states, value_states), self.buffers, strict=True)
+        )
+        if self.keep and self.grown[0] is None:  # not in a recomputation
+            self.grown = (keys, values)
+        return keys, values
 
     def get_seq_length(self) -> int:
-        return 0 if self.past is None else self.past[0].shape[-2]
+        return 0 if self.past[0] is None else self.past[0].shape[-2]
 
 
 class SegmentCache(Cache):
-    """Cache for one segment; `next()` is the cache for the segment after it."""
+    """Cache for one pass over a segment of each row; `next()` is the cache for the pass after it.
 
-    def __init__(self, layers: int, past: list[tuple[torch.Tensor, torch.Tensor]] | None = None):
-        super().__init__(layers=[_SegmentLayer(past[i] if past else None) for i in range(layers)])
+    Args:
+        layers: those of this pass. Start with `SegmentCache.empty`.
+    """
+
+    layers: list[_SegmentLayer]
+
+    def __init__(self, layers: Sequence[_SegmentLayer]):
+        super().__init__(layers=list(layers))
+
+    @classmethod
+    def empty(cls, layers: int, room: int) -> SegmentCache:
+        """The cache for the first pass through so many decoder layers.
+
+        Args:
+            room: positions of all segments that will be kept.
+        """
+        return cls([_SegmentLayer((None, None), (_Buffer(room), _Buffer(room)), True) for _ in range(layers)])
 
     def next(self) -> SegmentCache:
         """The cache that holds this segment too. Call it after the forward pass."""
-        return SegmentCache(len(self.layers), [layer.grown for layer in self.layers])
+        return SegmentCache([_SegmentLayer(layer.grown, layer.buffers, True) for layer in self.layers])
+
+    def draft(self) -> SegmentCache:
+        """A cache with the same past, for a pass whose keys and values are not kept."""
+        return SegmentCache([_SegmentLayer(layer.past, layer.buffers, False) for layer in self.layers])
 
 
 @contextmanager

@@ -103,6 +103,7 @@ class TrainRecipe:
         warmup: steps, or a share of them when below 1.
         bucket: draw batches of examples of similar size.
         pack: most tokens of a row that holds several examples (stages `sft` and `stage1`); 0 = one example a row.
+        latent_iterations: passes over all latents of a span at once (`stage2`); 0 = one latent after the other.
         feature_cache: a folder that keeps the features of a frozen vision tower, None = compute them each time.
         workers: processes that prepare batches.
         save_every: steps between checkpoints; `keep` of them are kept.
@@ -124,6 +125,7 @@ class TrainRecipe:
     gradient_checkpointing: bool = False
     bucket: bool = True
     pack: int = 0
+    latent_iterations: int = 0
     feature_cache: str | None = None
     workers: int = 0
     log_every: int = 10
@@ -296,6 +298,12 @@ def _check(recipe: Recipe, origin: dict[str, str], path: str) -> None:
     require(train.learning_rate > 0, "train.learning_rate", "must be positive")
     require(train.pack >= 0, "train.pack", "must be 0 (off) or the most tokens of a row")
     require(train.workers >= 0, "train.workers", "must be 0 or more")
+    require(train.latent_iterations >= 0, "train.latent_iterations", "must be 0 (one latent after the other) or more")
+    require(
+        train.latent_iterations == 0 or recipe.stage == "stage2",
+        "train.latent_iterations",
+        f"only stage2 computes latents, {recipe.stage} does not; leave it out",
+    )
     require(
         train.pack == 0 or recipe.stage != "stage2",
         "train.pack",

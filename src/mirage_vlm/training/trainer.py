@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import ShareCollator, Shares, together
 
-STAGE_LOSSES = {"sft": stage1, "stage1": stage1, "stage2": stage2}
+STAGE_LOSSES: dict[str, Callable[..., StageLoss]] = {"sft": stage1, "stage1": stage1, "stage2": stage2}
 SUMS = ("ce_sum", "align_sum", "tokens", "latents", "correct")  # of a micro-batch; what is logged comes from them
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.json"
@@ -39,15 +39,16 @@ TRAINABLE_FILE = "trainable.safetensors"
 class StageModule(nn.Module):
     """The forward pass of a stage as a module, so that accelerate can wrap it (DDP, FSDP, autocast)."""
 
-    def __init__(self, vlm: LatentVLM, stage: str):
+    def __init__(self, vlm: LatentVLM, stage: str, latent_iterations: int = 0):
         super().__init__()
         self.vlm = vlm
         self.stage = stage
+        self.options = {"latent_iterations": latent_iterations} if stage == "stage2" else {}
 
     def forward(self, in_step: tuple[Needs, Needs] | None = None, **batch: Any) -> dict[str, Any]:
         """The sums of a batch. `in_step`, where weights are shared out: what it and what any other batch takes."""
         with counted(self.vlm.language_model) as calls:
-            found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**batch))
+            found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**batch), **self.options)
         ce_sum = found.ce_sum
         if in_step is not None:
             ce_sum = ce_sum + make_up(self.vlm, calls[0], *in_step)
@@ -68,7 +69,7 @@ class LatentTrainer(transformers.Trainer):
     """
 
     def __init__(self, vlm: LatentVLM, recipe: Recipe, args: TrainingArguments, **options: Any):
-        super().__init__(model=StageModule(vlm, recipe.stage), args=args, **options)
+        super().__init__(model=StageModule(vlm, recipe.stage, recipe.train.latent_iterations), args=args, **options)
         self.vlm = vlm
         self.recipe = recipe
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step

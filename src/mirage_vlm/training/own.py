@@ -1,0 +1,186 @@
+"""Stage 2's forward pass: a batch rolled out with the model's own latents, one by one or all of a span at once.
+
+A row is cut where an input depends on a hidden state that is not there yet. What lies between two cuts is one
+`Stretch`, and the stretches of all rows run side by side, one pass of the decoder each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from mirage_vlm.modeling.segment_cache import SegmentCache, checkpoint_with_cache
+from mirage_vlm.training.rollout import Batch, Run, span_runs
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
+
+NOTHING = (0, 0)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is read together.
+
+    Attributes:
+        runs: [B] the positions of each row; an empty run leaves the row as it is.
+        latents: so many positions at the front of a run are latents, of the row that has most of them.
+    """
+
+    runs: list[Run]
+    latents: int
+
+    @property
+    def width(self) -> int:
+        return max(end - start for start, end in self.runs)
+
+
+def stretches(spans: Sequence[Sequence[Run]], lengths: Sequence[int], iterations: int) -> list[Stretch]:
+    """Cut rows into stretches: the text before the first spans, then span by span.
+
+    The last latent of a span, which nothing in the span waits for, is read with the text that follows. Where spans
+    are read latent by latent, rows with a shorter one wait, so that the texts after them stand side by side.
+
+    Args:
+        spans: the latent positions of each row, as `span_runs` gives them.
+        lengths: tokens of each row.
+        iterations: 0 cuts before every latent, more than 0 before every span.
+    """
+    first = [row[0][0] if row else length for row, length in zip(spans, lengths, strict=True)]
+    cut = [Stretch([(0, end) for end in first], 0)]
+    for s in range(max(len(row) for row in spans)):
+        group = [row[s] if s < len(row) else NOTHING for row in spans]
+        stops = [row[s + 1][0] if s + 1 < len(row) else length for row, length in zip(spans, lengths, strict=True)]
+        longest = max(end - start for start, end in group)
+        for left in range(longest, 0, -1) if iterations == 0 else [1]:  # latents of the longest span still to come
+            runs = []
+            for (start, end), stop in zip(group, stops, strict=True):
+                begin = end - left if iterations == 0 else start
+                waits = begin < start or start == end
+                runs.append(NOTHING if waits else (begin, stop if left == 1 else begin + 1))
+            cut.append(Stretch(runs, longest if iterations > 0 else 1))
+    return cut
+
+
+def passes(input_ids: torch.Tensor, pad_id: int, iterations: int = 0) -> int:
+    """How many passes through the decoder `forward_own` takes for [B, T] ids."""
+    cut = stretches(span_runs(input_ids, pad_id), [input_ids.shape[1]] * len(input_ids), iterations)
+    return sum(max(1, min(iterations, stretch.latents)) for stretch in cut if stretch.width)
+
+
+def forward_own(vlm: LatentVLM, batch: Batch, iterations: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Roll the batch out with the model's own latents, the gradient flowing through each of them.
+
+    Shorter rows of a stretch are padded and the pads masked; every row keeps its own positions.
+
+    Args:
+        iterations: 0 computes the latents one after the other. n > 0 computes all latents of a span at once, n times
+            (Jacobi iterations): the first time latents beyond the first are the embedding of `latent_pad`, and each
+            further time latent j + 1 is the recast of the state at latent j of the time before. Equal to 0 in spans
+            of at most n latents.
+
+    Returns:
+        hidden: [B, T, D] hidden states after the final norm, at the positions of `batch.input_ids`; zeros in padding.
+        latents: [latent positions of the batch, D] the latents that were consumed (those of the last pass), in row
+            order.
+    """
+    spans = span_runs(batch.input_ids, vlm.config.pad_id)
+    cut = stretches(spans, batch.attention_mask.sum(dim=1).tolist(), iterations)
+    roll = _Roll(vlm, batch, cut, spans)
+    with checkpoint_with_cache(vlm.language_model):
+        for i in range(len(cut)):
+            roll.read(i, iterations)
+    return roll.hidden(), roll.latents()
+
+
+class _Roll:
+    """State of one rollout: the cache, the newest hidden state of each row, and what was computed.
+
+    All stretches side by side are W columns; where each column stands in its row is worked out before anything is
+    computed, so that the device never waits for it.
+    """
+
+    def __init__(self, vlm: LatentVLM, batch: Batch, cut: list[Stretch], spans: list[list[Run]]):
+        self.vlm, self.cut = vlm, cut
+        ids, device = batch.input_ids, batch.input_ids.device
+        self.offsets = [0, *accumulate(stretch.width for stretch in cut)]
+        fed = [0, *accumulate(stretch.latents for stretch in cut)]
+        columns = torch.full((len(ids), self.offsets[-1]), -1)  # [B, W] the position at each column; −1 = padding
+        slots = torch.full(ids.shape, -1)  # [B, T] the column of each position; −1 = padding
+        sources = torch.full(ids.shape, -1)  # [B, T] the same among the columns of latents only
+        for i, stretch in enumerate(cut):
+            for row, (start, end) in enumerate(stretch.runs):
+                place = torch.arange(end - start)
+                columns[row, self.offsets[i] : self.offsets[i] + len(place)] = start + place
+                slots[row, start:end] = self.offsets[i] + place
+                sources[row, start:end] = row * fed[-1] + fed[i] + place
+        wanted = [sources[row, start:end] for row, runs in enumerate(spans) for start, end in runs]
+        self.sources = torch.cat(wanted or [sources.new_zeros(0)]).to(device)  # [latent positions]
+        self.last = torch.tensor([[end - start - 1 for start, end in stretch.runs] for stretch in cut]).to(device)
+        self.slots, columns = slots.to(device), columns.to(device)
+        self.mask = (columns >= 0).long()  # [B, W]
+        at = columns.clamp(min=0)
+        self.ids = ids.gather(1, at)  # [B, W]
+        positions = vlm.positions(ids, batch.attention_mask, batch.grid_thw)
+        self.positions = positions.gather(2, at.expand(len(positions), -1, -1))  # [3, B, W]
+        embeds = vlm.embed_prompt(ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
+        self.texts = _take(embeds, at).split([stretch.width for stretch in cut], dim=1)  # [B, width, D] each
+        self.newest = embeds.new_zeros(len(embeds), embeds.shape[-1])  # [B, D]
+        self.cache = SegmentCache.empty(len(vlm.language_model.layers), self.offsets[-1])
+        self.states: list[torch.Tensor] = []  # [B, width, D] of each stretch
+        self.consumed: list[torch.Tensor] = []  # [B, latents, D] of each stretch
+
+    def read(self, i: int, iterations: int) -> None:
+        """Read stretch i."""
+        stretch, inputs, offset = self.cut[i], self.texts[i], self.offsets[i]
+        if stretch.width == 0:
+            return
+        if latents := stretch.latents:
+            ids = self.ids[:, offset : offset + latents]
+            inputs = torch.cat([self.vlm.recast(ids[:, 0], self.newest).unsqueeze(1), inputs[:, 1:]], dim=1)
+            waiting = (ids[:, 1:] == self.vlm.config.pad_id).unsqueeze(-1)
+            for _ in range(min(iterations, latents) - 1):
+                hidden = self._advance(offset, inputs[:, : latents - 1], keep=False)
+                better = torch.where(waiting, self.vlm.recast(ids[:, 1:], hidden), inputs[:, 1:latents])
+                inputs = torch.cat([inputs[:, :1], better, inputs[:, latents:]], dim=1)
+            self.consumed.append(inputs[:, :latents])
+        hidden = self._advance(offset, inputs, keep=True)
+        self.states.append(hidden)
+        if i + 1 < len(self.cut):
+            last = self.last[i].unsqueeze(1)
+            self.newest = torch.where(last >= 0, _take(hidden, last.clamp(min=0)).squeeze(1), self.newest)
+
+    def hidden(self) -> torch.Tensor:
+        """[B, T, D] what was computed, in the order of the rows."""
+        found = _take(torch.cat(self.states, dim=1), self.slots.clamp(min=0))
+        return found.masked_fill((self.slots < 0).unsqueeze(-1), 0)
+
+    def latents(self) -> torch.Tensor:
+        """[latent positions, D] what was fed in, in row order."""
+        if not self.consumed:
+            return self.newest.new_zeros(0, self.newest.shape[-1])
+        return torch.cat(self.consumed, dim=1).flatten(0, 1).index_select(0, self.sources)
+
+    def _advance(self, offset: int, inputs: torch.Tensor, keep: bool) -> torch.Tensor:
+        """Run the decoder over [B, L, D] inputs at the columns from `offset` on; `keep` what they add to the cache."""
+        end = offset + inputs.shape[1]
+        cache = self.cache if keep else self.cache.draft()
+        hidden = self.vlm.language_model(
+            inputs_embeds=inputs,
+            attention_mask=self.mask[:, :end],
+            position_ids=self.positions[:, :, offset:end],
+            past_key_values=cache,
+            use_cache=False,  # else transformers warns that it leaves the cache out, which we put back in
+        ).last_hidden_state
+        if keep:
+            self.cache = cache.next()
+        return hidden
+
+
+def _take(values: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """[B, L, D] values at the places [B, N] of their rows → [B, N, D]."""
+    return values.gather(1, at.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
