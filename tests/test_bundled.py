@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirage_vlm.decoding import GenerationConfig
+from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.evaluation.evaluate import evaluate, summarise
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling import LatentVLM
@@ -43,7 +43,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def batched(vlm, prompts):
-    return vlm.generate(prompts, batch_size=16)
+    return vlm.generate(prompts, engine=EngineConfig(max_rows=16))
 
 
 def latents_of(trajectory):
@@ -82,7 +82,7 @@ def test_stage_2_rolls_out_the_latents_and_tokens_of_decoding(vlm, batched):
 
 def test_latents_are_consumed(vlm, prompts, batched):
     """With zeros in their place some rows say something else."""
-    silenced = vlm.generate(prompts, batch_size=16, latent_hook=lambda latents, rows, steps: torch.zeros_like(latents))
+    silenced = vlm.generate(prompts, latent_hook=lambda latents, rows, steps: torch.zeros_like(latents))
     changed = [a.decoding.token_ids != b.decoding.token_ids for a, b in zip(batched, silenced, strict=True)]
     assert any(changed)
 
@@ -90,7 +90,7 @@ def test_latents_are_consumed(vlm, prompts, batched):
 def test_a_sample_of_the_benchmark_is_solved(vlm):
     examples = read_data(VSP / "planning.jsonl", plain=lambda record: from_record(record, style="cot"))
     sample = [example for example in examples if example.meta["level"] <= 6][::6]
-    results = summarise(evaluate(vlm, sample, GenerationConfig(batch_size=32)))
+    results = summarise(evaluate(vlm, sample, GenerationConfig()))
     assert results["n"] == 20
     assert results["accuracy"] >= 0.85
     assert results["latent_rate"] == 1.0
@@ -106,12 +106,12 @@ def test_the_whole_benchmark_part_is_solved(vlm):
         planning = VSP / "planning.jsonl"
     examples = read_data(planning, plain=lambda record: from_record(record, style="cot"))
     examples = [example for example in examples if example.meta["level"] <= 6]
-    results = summarise(evaluate(vlm, examples, GenerationConfig(batch_size=64)))
+    results = summarise(evaluate(vlm, examples, GenerationConfig()))
     by_level = {level: row["accuracy"] for level, row in results["by_level"].items()}
     assert sum(by_level.values()) / len(by_level) >= 0.95, by_level
     assert by_level["6"] >= 0.85 and results["latent_rate"] == 1.0
     made = GeneratedDataset("vsp-reasoning", (3, 4, 5, 6), 400, 0, "cot", "test")
-    results = summarise(evaluate(vlm, [made[i] for i in range(len(made))], GenerationConfig(batch_size=64)))
+    results = summarise(evaluate(vlm, [made[i] for i in range(len(made))], GenerationConfig()))
     assert results["accuracy"] >= 0.97 and results["latent_rate"] == 1.0
 
 
@@ -128,5 +128,5 @@ def test_the_base_can_read_maps():
     made = GeneratedDataset("vsp-perception", (3, 4, 5, 6), 60, 5, "direct", "test")
     for kind, least in (("map", 0.9), ("place", 0.6)):
         asked = [example for example in (made[i] for i in range(len(made))) if example.meta["kind"] == kind]
-        results = summarise(evaluate(base, asked, GenerationConfig(batch_size=30, max_new_tokens=64)))
+        results = summarise(evaluate(base, asked, GenerationConfig(max_new_tokens=64)))
         assert results["accuracy"] >= least, kind

@@ -36,8 +36,10 @@ FLOORS = {
     "__main__": 5,
 }
 
-# The one exception: `vlm.generate(…)` is the model's own verb, and calls the decoder when it is used.
-VERBS = {("mirage_vlm.modeling.latent_vlm", "mirage_vlm.decoding.generate")}
+# The one exception: `vlm.generate(…)` and `vlm.stream(…)` are the model's own verbs, and call the engine when used.
+VERBS = {
+    ("mirage_vlm.modeling.latent_vlm", f"mirage_vlm.decoding.{name}") for name in ("generate", "config", "response")
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import dialogue, distance, picture, ragged, slow_rollout, split
 
+from mirage_vlm.decoding import EngineConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.encoding import Encoded
@@ -94,7 +95,7 @@ def test_a_batch_decodes_as_one_at_a_time(tiny, prompts, decoded, rule):
 
 
 def test_neither_order_nor_batch_size_matters(tiny, prompts, decoded):
-    backward = tiny.generate(prompts[::-1], max_new_tokens=TOKENS, latent_size=4, batch_size=3)
+    backward = tiny.generate(prompts[::-1], max_new_tokens=TOKENS, latent_size=4, engine=EngineConfig(max_rows=3))
     assert_same(backward[::-1], decoded["fixed"])
 
 
@@ -214,7 +215,9 @@ def test_what_the_hook_is_told(tiny, prompts, decoded):
         calls.extend(zip(latents.clone(), rows, steps, strict=True))
         return latents
 
-    again = tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4, batch_size=3, latent_hook=hook)
+    again = tiny.generate(
+        prompts, max_new_tokens=TOKENS, latent_size=4, engine=EngineConfig(max_rows=3), latent_hook=hook
+    )
     assert_same(again, decoded["fixed"])
     for i, row in enumerate(decoded["fixed"]):
         mine = [(latent, step) for latent, prompt, step in calls if prompt == i]
@@ -391,13 +394,18 @@ def test_pictures_that_cannot_be_read(tiny, tmp_path):
     ("changes", "message"),
     [
         ({"stop_rule": "never"}, "unknown stop rule 'never'; choose one of fixed, learned"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be positive, not 0"),
-        ({"batch_size": 0}, "batch_size must be positive, not 0"),
-        ({"latent_size": 0}, "latent_size must be positive, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be positive: 0"),
+        ({"n": 0}, "n must be positive: 0"),
+        ({"latent_size": 0}, "latent_size must be positive: 0"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p in"),
         ({"top_k": -1}, "top_k at least 0"),
-        ({"seeds": [1, 2]}, "got 2 seeds for 1 prompts"),
+        ({"seeds": [1, 2]}, "got 2 seeds for 1 responses"),
+        ({"seeds": [1, 2], "n": 3}, "got 2 seeds for 3 responses"),
+        ({"max_spans": -1}, "max_spans must not be negative: -1"),
+        ({"max_latents": -1}, "max_latents must not be negative: -1"),
+        ({"latent_dtype": "float16"}, "latent_dtype must be float32 or model, not 'float16'"),
+        ({"engine": EngineConfig(max_batch_tokens=64)}, "take 9 blocks of 32 tokens, but the cache holds 2"),
     ],
 )
 def test_options_that_cannot_be(tiny, changes, message):
@@ -459,7 +467,7 @@ def test_a_rows_seed_is_its_own(tiny, prompts):
     """Neither the batch nor the order changes what a row draws."""
     options = {"max_new_tokens": 25, "temperature": 1.3, "top_p": 0.95, "top_k": 50}
     together = tiny.generate(prompts, seed=7, **options)
-    assert_same(tiny.generate(prompts, seed=7, batch_size=3, **options), together)
+    assert_same(tiny.generate(prompts, seed=7, engine=EngineConfig(max_rows=3), **options), together)
     alone = [tiny.generate([prompt], seed=7 + i, **options)[0] for i, prompt in enumerate(prompts)]
     assert_same(alone, together)
     seeds = [7 + i for i in range(len(prompts))]

@@ -33,7 +33,11 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Most responses decoded together.")] = 64,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Most positions in the key-value cache; half of the free memory by default.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the decode step; pays in long runs.")] = False,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
     trajectories: Annotated[Path | None, typer.Option(help="Write every decoded trajectory to this JSONL.")] = None,
@@ -42,7 +46,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    from mirage_vlm.decoding import GenerationConfig
+    from mirage_vlm.decoding import EngineConfig, GenerationConfig
     from mirage_vlm.evaluation.evaluate import evaluate as run
     from mirage_vlm.evaluation.evaluate import report, write_json
     from mirage_vlm.formats import write_jsonl
@@ -55,15 +59,15 @@ def evaluate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        batch_size=batch_size,
         return_latents=trajectories is not None,
     )
+    engine = EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled)
     started = time.perf_counter()
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         work = bar.add_task("decoding", total=len(examples))
-        scored = run(vlm, examples, generation, lambda done: bar.update(work, advance=done))
+        scored = run(vlm, examples, generation, engine, lambda done: bar.update(work, advance=done))
     origin = {"path": str(data)} if data else {"task": task, "levels": parse_levels(levels), "n": n, "seed": seed}
     results = report(scored, model=model, data={**origin, "style": style.value}, generation=generation, started=started)
     if trajectories is not None:

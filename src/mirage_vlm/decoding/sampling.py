@@ -1,48 +1,55 @@
-"""Choosing a token from logits."""
+"""Choosing tokens from logits, all rows at once, each by its own rules and its own seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature (0 is greedy), nucleus mass and number of candidates (0 = all)."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+# splitmix64 (Steele, Lea and Flood 2014), in wrapping 64-bit arithmetic
+_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 
 
-def choose(logits: torch.Tensor, banned: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """One token.
+def uniforms(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[n] numbers in [0, 1), one for each seed and count: the same on every device and in every batch.
 
-    Args:
-        logits: [V], float32, on the CPU.
-        banned: tokens that cannot be chosen.
-        generator: of this row; untouched when greedy.
+    A pure function takes the place of a generator, so that a row draws the same whatever is decoded beside it.
     """
-    logits = logits.clone()
-    logits[list(banned)] = -torch.inf
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = allowed(logits / sampling.temperature, sampling).softmax(dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    bits = _scramble(_scramble(seeds * _STEP) + counts * _STEP)
+    return (_shift(bits, 40)).float() / (1 << 24)
 
 
-def allowed(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """[V] logits with everything outside of top-k and then top-p at −∞.
+def _scramble(bits: torch.Tensor) -> torch.Tensor:
+    bits = bits + _STEP
+    for by, factor in _MIX:
+        bits = (bits ^ _shift(bits, by)) * factor
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: torch.Tensor, by: int) -> torch.Tensor:
+    """Shift right without the sign."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def allowed(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """[n, V] logits with everything outside of top-k and then top-p at −∞.
 
     The nucleus is the smallest set of most likely tokens whose mass reaches `top_p`.
+
+    Args:
+        top_k: [n] number of candidates, 0 = all.
+        top_p: [n] mass of the nucleus.
     """
-    if 0 < sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-        outside = (mass - ordered.softmax(dim=-1)) >= sampling.top_p
-        logits = logits.scatter(0, order[outside], -torch.inf)
-    return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    outside = (rank >= top_k.unsqueeze(1)) & (top_k > 0).unsqueeze(1)
+    chances = ordered.masked_fill(outside, -torch.inf).softmax(dim=-1)
+    outside |= (chances.cumsum(dim=-1) - chances >= top_p.unsqueeze(1)) & (top_p < 1).unsqueeze(1)
+    return logits.scatter(1, order, ordered.masked_fill(outside, -torch.inf))
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """[n, V] logits and [n] numbers in [0, 1) → [n] tokens: that in whose stretch of the heaped-up chances it falls."""
+    heaped = logits.softmax(dim=-1).cumsum(dim=-1)
+    total = heaped[:, -1]
+    mark = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return (heaped <= mark.unsqueeze(1)).sum(dim=-1)

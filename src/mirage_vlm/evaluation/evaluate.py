@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from mirage_vlm import __version__
-from mirage_vlm.decoding import GenerationConfig
+from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.tasks import get_task
@@ -50,6 +50,7 @@ def evaluate(
     vlm: LatentVLM,
     examples: Sequence[Trajectory],
     generation: GenerationConfig,
+    engine: EngineConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Decode every example and score it.
@@ -62,15 +63,8 @@ def evaluate(
     """
     if not examples:
         raise MirageError("there is nothing to evaluate")
-    scored: list[Scored] = []
-    for start in range(0, len(examples), generation.batch_size):
-        chunk = list(examples[start : start + generation.batch_size])
-        seeds = None if generation.seeds is None else generation.seeds[start : start + len(chunk)]
-        decoded = vlm.generate(chunk, replace(generation, seed=generation.seed + start, seeds=seeds))
-        scored += [Scored(trajectory, score(trajectory)) for trajectory in decoded]
-        if progress is not None:
-            progress(len(chunk))
-    return scored
+    decoded = generate(vlm, examples, generation, engine, progress)
+    return [Scored(trajectory, score(trajectory)) for trajectory in decoded]
 
 
 def score(trajectory: Trajectory) -> Score:

@@ -18,9 +18,10 @@ from mirage_vlm.modeling.feedback import build_feedback
 from mirage_vlm.modeling.pooling import check_pooling, pool
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from mirage_vlm.decoding.generate import GenerationConfig
+    from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+    from mirage_vlm.decoding.response import Event
     from mirage_vlm.trajectory import Message, Trajectory
 
 
@@ -177,12 +178,28 @@ class LatentVLM(Pretrained):
         self,
         prompts: Sequence[Trajectory | Sequence[Message]],
         config: GenerationConfig | None = None,
+        *,
+        engine: EngineConfig | None = None,
         **changes: Any,
     ) -> list[Trajectory]:
         """Decode a response to each prompt; see `mirage_vlm.decoding.generate`.
 
-        `changes` are fields of `GenerationConfig`, for example `max_new_tokens=128, temperature=0.7, seed=1`.
+        `changes` are fields of `GenerationConfig`, for example `max_new_tokens=128, temperature=0.7, seed=1`;
+        `engine` says how many rows and how much memory may be used.
         """
         from mirage_vlm.decoding.generate import GenerationConfig, generate
 
-        return generate(self, prompts, replace(config or GenerationConfig(), **changes))
+        return generate(self, prompts, replace(config or GenerationConfig(), **changes), engine)
+
+    def stream(
+        self,
+        prompt: Trajectory | Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        engine: EngineConfig | None = None,
+        **changes: Any,
+    ) -> Iterator[Event]:
+        """Decode one prompt and yield what happens as it happens; see `mirage_vlm.decoding.stream`."""
+        from mirage_vlm.decoding.generate import GenerationConfig, stream
+
+        return stream(self, prompt, replace(config or GenerationConfig(), **changes), engine)

@@ -1,0 +1,309 @@
+"""The key-value cache: one pool of blocks, and attention over whichever of them a row may read.
+
+A block holds the keys and values of `size` positions of one owner: a prompt, which all responses to it read, or one
+response. Attention works on the blocks where they lie, in whatever order, and copies none of them: each block is
+scored against the queries of its readers, and the partial results of a row's blocks are put together by the rule of
+flash-decoding (each partial softmax is rescaled to the row's own maximum). So rows of any length stand side by side
+without padding, and a row that leaves gives its blocks back at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
+
+PAGED = "mirage_paged"
+NOBODY = 0  # a block that is never given out: padding is written to it, and nothing is read from it
+MASKED = -1e30  # finite, so that a block with nothing to read has no NaN, and weighs nothing
+FEW_BLOCKS = 64  # up to so many, copying them side by side is cheaper than putting partial results together
+LOG2_E = math.log2(math.e)
+
+
+class BlockPool:
+    """Storage and free list.
+
+    Args:
+        config: the text config of the model.
+        size: positions of a block.
+        limit: most blocks that may be given out.
+        fixed: allocate everything now; else storage grows by doubling, up to the limit.
+    """
+
+    def __init__(self, config: Any, size: int, limit: int, dtype: torch.dtype, device: torch.device, fixed: bool):
+        heads = config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.size, self.limit, self.fixed = size, limit, fixed
+        self.shape = (config.num_hidden_layers, 2, heads, size, width)
+        self.dtype, self.device = dtype, device
+        self.used = 0
+        self.reserved = 0
+        self._allocate(limit if fixed else min(limit, 64))
+
+    @staticmethod
+    def bytes_per_block(config: Any, size: int, dtype: torch.dtype) -> int:
+        """Keys and values of one block in all layers."""
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers * 2 * config.num_key_value_heads * size * width * dtype.itemsize
+
+    def blocks_for(self, positions: int) -> int:
+        return -(-positions // self.size)
+
+    def take(self, count: int) -> list[int]:
+        """So many blocks, the lowest that are free; they must have been reserved."""
+        if count > len(self.free):
+            self._grow(count - len(self.free))
+        self.used += count
+        return [heapq.heappop(self.free) for _ in range(count)]
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        self.used -= len(blocks)
+        for block in blocks:
+            heapq.heappush(self.free, block)
+
+    def trim(self) -> None:
+        """Back to the size at the start; only when no block is in use."""
+        assert self.used == 0
+        if not self.fixed:
+            self._allocate(min(self.limit, 64))
+
+    def _allocate(self, blocks: int) -> None:
+        layers, two, heads, size, width = self.shape
+        self.keep(torch.zeros(layers, two, blocks + 1, heads, size, width, dtype=self.dtype, device=self.device))
+        self.images = torch.zeros(blocks + 1, size, dtype=torch.bool, device=self.device)
+        self.free = list(range(1, blocks + 1))
+
+    def _grow(self, more: int) -> None:
+        old = self.storage.shape[2]
+        new = min(self.limit + 1, max(2 * old, old + more))
+        assert new >= old + more, "more blocks are taken than were reserved"
+        layers, two, heads, size, width = self.shape
+        added = self.storage.new_zeros(layers, two, new - old, heads, size, width)
+        self.keep(torch.cat([self.storage, added], dim=2))
+        self.images = torch.cat([self.images, self.images.new_zeros(new - old, size)])
+        for block in range(old, new):
+            heapq.heappush(self.free, block)
+
+    def keep(self, storage: torch.Tensor) -> None:
+        self.storage = storage  # [layers, 2, blocks, heads, size, width]
+        self.layers = [(layer[0], layer[1]) for layer in storage]
+        if self.fixed:
+            for keys, values in self.layers:  # CUDA graphs may write to them where they are
+                torch._dynamo.mark_static_address(keys)
+                torch._dynamo.mark_static_address(values)
+
+    def drop_positions(self, blocks: list[int], kept: torch.Tensor) -> list[int]:
+        """Keep only some positions of an owner's blocks, in order, and give back the blocks that become free.
+
+        Args:
+            kept: indices into the owner's positions.
+
+        Returns:
+            The blocks that now hold them.
+        """
+        layers, two, heads, size, width = self.shape
+        index = torch.tensor(blocks, device=self.device)
+        held = self.storage[:, :, index].transpose(2, 3).reshape(layers, two, heads, -1, width)[..., kept, :]
+        stay = blocks[: self.blocks_for(len(kept))]
+        held = F.pad(held, (0, 0, 0, len(stay) * size - len(kept)))
+        index = torch.tensor(stay, device=self.device)
+        self.storage[:, :, index] = held.reshape(layers, two, heads, len(stay), size, width).transpose(2, 3)
+        self.images[index] = False
+        self.give_back(blocks[len(stay) :])
+        return stay
+
+
+@dataclass
+class Prefill:
+    """A pass over whole prompts, right-padded: plain causal attention, and everything is written to the pool.
+
+    Attributes:
+        blocks: [P · blocks of the widest] where each stretch of `size` positions goes; `NOBODY` for padding.
+    """
+
+    pool: BlockPool
+    blocks: torch.Tensor
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """[P, H, T, d] queries, [P, K, T, d] keys and values → [P, T, H, d]."""
+        for store, new in zip(self.pool.layers[layer], (key, value), strict=True):
+            rows, heads, length, width = new.shape
+            padded = F.pad(new, (0, 0, 0, -length % self.pool.size))
+            pieces = padded.view(rows, heads, -1, self.pool.size, width).transpose(1, 2)
+            store[self.blocks] = pieces.reshape(-1, heads, self.pool.size, width)
+        # padding stands to the right, so causal order alone keeps it from being read
+        found = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return found.transpose(1, 2)
+
+
+@dataclass
+class Region:
+    """A stretch of the pool whose blocks are all scored in one product.
+
+    Attributes:
+        low, high: first block and one past the last.
+        readers: [blocks, R] the row that each query slot of a block belongs to; 0 where there is none.
+        fill: [blocks] positions that hold something; of a response's own blocks, those before its last known step.
+        start: [blocks] for a response's own block, its first position in the response; −1 for a prompt's.
+    """
+
+    low: int
+    high: int
+    readers: torch.Tensor
+    fill: torch.Tensor
+    start: torch.Tensor
+
+
+@dataclass
+class Step:
+    """One position of every row.
+
+    Attributes:
+        regions: the blocks that are read; the first region begins with block `NOBODY`.
+        table: [B, blocks of the longest row] index of each partial result of a row among those of all regions
+            (block after block, slot after slot); 0 is a partial result of nothing. With one region of one slot it
+            is the number of the block.
+        block, offset: [B] where the new position is written.
+        bias: for each region [blocks, 1, R or 1, 1, size], 0 or `MASKED`; for few blocks [1, B, 1, all positions].
+    """
+
+    pool: BlockPool
+    regions: Sequence[Region]
+    table: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
+    bias: Sequence[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def few(self) -> bool:
+        return len(self.regions) == 1 and self.table.numel() <= FEW_BLOCKS
+
+    def mask(self, length: torch.Tensor, evicted: torch.Tensor | None) -> None:
+        """Work out once a step what every layer may read.
+
+        Args:
+            length: [B] index of this position in each response.
+            evicted: [B] rows that no longer see the prompt's pictures; None where there is none.
+        """
+        places = torch.arange(self.pool.size, device=length.device)
+        self.bias = []
+        for region in self.regions:
+            own = length[region.readers[:, 0]] + 1 - region.start
+            fill = torch.where(region.start >= 0, own, region.fill)
+            hidden = (places >= fill.unsqueeze(1))[:, None]  # [n, 1, size]
+            if evicted is not None:
+                pictures = self.pool.images[region.low : region.high] & (region.start < 0).unsqueeze(1)
+                hidden = hidden | (pictures[:, None] & evicted[region.readers].unsqueeze(-1))  # [n, R, size]
+            bias = hidden * MASKED
+            self.bias.append(bias[:, 0][self.table].flatten(1)[None, :, None] if self.few else bias[:, None, :, None])
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
+        keys, values = self.pool.layers[layer]
+        keys[self.block, :, self.offset] = key[:, :, 0]
+        values[self.block, :, self.offset] = value[:, :, 0]
+        rows, heads, _, width = query.shape
+        query = query.reshape(rows, key.shape[1], heads // key.shape[1], width)  # [B, K, G, d]
+        if self.few:
+            found = self._side_by_side(query * scaling, keys, values)
+        else:
+            found = self._piece_by_piece(query * (scaling * LOG2_E), keys, values)
+        return found.reshape(rows, 1, heads, width)
+
+    def _side_by_side(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Ordinary attention over a copy of each row's blocks; [B, K, G, d] scaled queries → the same shape."""
+        own_keys, own_values = (t.transpose(0, 1)[:, self.table].flatten(2, 3) for t in (keys, values))  # [K, B, T, d]
+        scores = torch.matmul(query.transpose(0, 1), own_keys.transpose(2, 3)) + self.bias[0]  # [K, B, G, T]
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        return torch.matmul(weights, own_values).transpose(0, 1)
+
+    def _piece_by_piece(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attention by partial results; [B, K, G, d] queries, scaled for base 2 → the same shape.
+
+        Base 2, because `exp` of what is masked is ten times slower than `exp2` on some processors.
+        """
+        parts = [
+            _score(query, keys, values, region, bias) for region, bias in zip(self.regions, self.bias, strict=True)
+        ]
+        most, mass, summed = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        most = most[self.table]  # [B, M, K, G]
+        weight = (most - most.amax(dim=1, keepdim=True)).exp2()
+        total = (mass[self.table] * weight).sum(dim=1)
+        found = (summed[self.table] * weight.unsqueeze(-1)).sum(dim=1) / total.unsqueeze(-1)  # [B, K, G, d]
+        return found.to(query.dtype)
+
+
+def _score(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, region: Region, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial softmax of each block and slot.
+
+    Args:
+        query: [B, K, G, d], scaled for base 2.
+        keys, values: [blocks of the pool, K, size, d].
+
+    Returns:
+        The largest score and the sum of weights [n · R, K, G], and the weighted sum of values [n · R, K, G, d].
+    """
+    keys, values = keys[region.low : region.high], values[region.low : region.high]
+    blocks, slots = region.readers.shape
+    _, groups, each, width = query.shape
+    if slots == 1:
+        asked = query[region.readers[:, 0]]  # [n, K, G, d]
+    else:
+        asked = query[region.readers].transpose(1, 2).reshape(blocks, groups, slots * each, width)
+    scores = torch.matmul(asked, keys.transpose(2, 3)).float().view(blocks, groups, slots, each, -1) + bias
+    most = scores.amax(dim=-1, keepdim=True)  # [n, K, R, G, 1]
+    weights = (scores - most).exp2_()
+    mass = weights.sum(dim=-1)
+    summed = torch.matmul(weights.view(blocks, groups, slots * each, -1).to(values.dtype), values).float()
+    parts = most.squeeze(-1), mass, summed.view(blocks, groups, slots, each, width)
+    return tuple(part.transpose(1, 2).flatten(0, 1) for part in parts)  # type: ignore[return-value]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    paged: Prefill | Step,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention implementation of transformers, chosen by name; `paged` comes through the model's keywords."""
+    return paged.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(PAGED, _attend)
+
+
+def run_paged(vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: Prefill | Step) -> torch.Tensor:
+    """The decoder over [B, T, D] inputs at [3, B, T] positions, with its keys and values in the pool → [B, T, D]."""
+    config = vlm.language_model.config
+    usual, config._attn_implementation = config._attn_implementation, PAGED
+    try:
+        return vlm.language_model(
+            inputs_embeds=embeds,
+            attention_mask=dict.fromkeys(config.layer_types),  # `paged` knows what may be read
+            position_ids=positions,
+            use_cache=False,
+            paged=paged,
+        ).last_hidden_state
+    finally:
+        config._attn_implementation = usual

@@ -1,0 +1,111 @@
+"""How to decode: what is asked of one response, and what the engine may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.config import STOP_RULES
+
+LatentHook = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to decode a response.
+
+    Attributes:
+        max_new_tokens: most positions of a response, latents included.
+        latent_size: k of a span; None takes the checkpoint's. Under the stop rule `learned` it is the most.
+        stop_rule: `fixed` (k latents, then `latent_end`) or `learned` (the model chooses between one more latent
+            and `latent_end`); None takes the checkpoint's.
+        max_spans: most spans of a response; the model cannot open more.
+        max_latents: most latents of a response; a span that could go over it is not opened (`fixed`) or is
+            closed there (`learned`).
+        temperature: 0 is greedy.
+        top_p, top_k: restrict sampling; 1 and 0 switch them off.
+        n: responses to each prompt. Its keys and values are computed once and read by all of them.
+        seed: of sampling. Response j to prompt i of a call is drawn with seed + i · n + j, whatever rows are
+            decoded beside it.
+        seeds: a seed for each response of the call, instead of `seed`.
+        evict_images: when a span closes, the prompt's pictures leave the cache: `latent_end` and everything after it
+            attend to text and latents only. Positions of what stays do not change.
+        logprobs: keep the log-probability of every token that was chosen.
+        return_latents: keep the latent vectors on the returned spans, in float32 unless `latent_dtype` says otherwise.
+        latent_dtype: `float32`, or `model` for the model's own.
+        latent_hook: called at each latent step as hook(latents [m, D], responses [m], steps [m]) with the inputs
+            about to be consumed, the index of their responses in the call and their place in the span; returns what
+            to consume. The host waits for it at each step.
+    """
+
+    max_new_tokens: int = 256
+    latent_size: int | None = None
+    stop_rule: str | None = None
+    max_spans: int | None = None
+    max_latents: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    seed: int = 0
+    seeds: Sequence[int] | None = None
+    evict_images: bool = False
+    logprobs: bool = False
+    return_latents: bool = True
+    latent_dtype: str = "float32"
+    latent_hook: LatentHook | None = None
+
+    def __post_init__(self) -> None:
+        if self.stop_rule is not None and self.stop_rule not in STOP_RULES:
+            raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
+        if self.latent_dtype not in ("float32", "model"):
+            raise MirageError(f"latent_dtype must be float32 or model, not {self.latent_dtype!r}")
+        for name, least in (("max_new_tokens", 1), ("n", 1), ("latent_size", 1), ("max_spans", 0), ("max_latents", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                wanted = "be positive" if least else "not be negative"
+                raise MirageError(f"{name} must {wanted}: {value}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise MirageError("temperature must be at least 0, top_p in (0, 1], top_k at least 0")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine may use.
+
+    Attributes:
+        max_rows: most responses decoded together.
+        max_batch_tokens: most positions whose keys and values are held at once, all rows together; None takes
+            `memory_fraction` of what is free on the device.
+        memory_fraction: share of the device's free memory for keys and values, without `max_batch_tokens`.
+        block_size: positions of a cache block, the grain of `max_batch_tokens`.
+        prefill_tokens: most positions, padding included, of one pass over prompts.
+        image_cache: picture features that are kept for prompts to come, in patches.
+        look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
+            a look. None: each step on a CPU, every 8 elsewhere.
+        compile: compile the decode step with `torch.compile`, half a minute or so for each of a few kinds of step. On
+            CUDA it is then replayed as a CUDA graph: rows, blocks and tables are padded to powers of two, so that
+            there are few shapes, and all the memory of the cache is taken at once.
+    """
+
+    max_rows: int = 64
+    max_batch_tokens: int | None = None
+    memory_fraction: float = 0.5
+    block_size: int = 32
+    prefill_tokens: int = 16384
+    image_cache: int = 16384
+    look_every: int | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "block_size", "prefill_tokens", "max_batch_tokens", "look_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MirageError(f"{name} must be positive: {value}")
+        if not 0 < self.memory_fraction <= 1:
+            raise MirageError(f"memory_fraction must be in (0, 1]: {self.memory_fraction}")
+        if self.image_cache < 0:
+            raise MirageError(f"image_cache must not be negative: {self.image_cache}")

@@ -1,0 +1,352 @@
+"""The engine: a queue of requests, rows that join and leave at any step, and one cache for all of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from mirage_vlm.decoding.blocks import NOBODY, BlockPool, Step, run_paged
+from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+from mirage_vlm.decoding.plan import Plan, make_plan
+from mirage_vlm.decoding.prompts import Prompt, Reader
+from mirage_vlm.decoding.response import Event, Response
+from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
+from mirage_vlm.errors import MirageError
+from mirage_vlm.trajectory import Message, Trajectory
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
+
+REASONS = {STOPPED: "stop", FULL: "length"}
+
+
+class Engine:
+    """Decodes a queue of requests.
+
+    `submit` puts a request into the queue, `step` moves all of them on and returns what happened, `run` goes on
+    until nothing is left. A request is admitted when blocks for its prompt and its whole limit are free, in the order
+    of submission, so a running response never has to give way and a waiting one never starves.
+
+    Args:
+        vlm: the model; it is put into evaluation mode.
+        config: what may be used.
+    """
+
+    def __init__(self, vlm: LatentVLM, config: EngineConfig | None = None):
+        self.vlm = vlm.eval()
+        self.config = config = config or EngineConfig()
+        self.device = vlm.device
+        text = vlm.language_model.config
+        if other := set(text.layer_types) - {"full_attention"}:
+            raise MirageError(f"the engine knows full attention only; this model has layers of {', '.join(other)}")
+        size, dtype = config.block_size, vlm.model.dtype
+        if config.max_batch_tokens is None:
+            room = config.memory_fraction * _free_memory(self.device)
+            limit = int(room / BlockPool.bytes_per_block(text, size, dtype))
+        else:
+            limit = config.max_batch_tokens // size
+        self.pool = BlockPool(text, size, limit, dtype, self.device, fixed=config.compile and self.device.type != "cpu")
+        self.reader = Reader(vlm, self.pool, config.prefill_tokens, config.image_cache)
+        self.look_every = config.look_every or (1 if self.device.type == "cpu" else 8)
+        self.queue: deque[Response] = deque()
+        self.active: list[Response] = []
+        self.rows: Rows | None = None
+        self.stops = torch.tensor(sorted(vlm.stop_ids()), device=self.device)
+        self._requests, self._responses = count(), count()
+        self._cancelled: set[int] = set()
+        self._plan: Plan | None = None
+        self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
+        self._decode = _compiled(self.device.type) if config.compile else run_paged
+
+    # -- what users call ---------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether any response is waiting or being decoded."""
+        return bool(self.queue or self.active)
+
+    def submit(
+        self,
+        prompt: Trajectory | Sequence[Message],
+        config: GenerationConfig | None = None,
+        *,
+        replay: Trajectory | None = None,
+        **changes: object,
+    ) -> int:
+        """Put a request into the queue.
+
+        Args:
+            prompt: a trajectory, whose response is ignored, or bare messages.
+            config: how to decode.
+            replay: a decoded trajectory; its tokens are consumed again instead of chosen ones, and its latents
+                instead of the model's own where it holds them. With `logprobs=True` the result says how likely
+                each token was.
+            changes: fields of `config` to replace.
+
+        Returns:
+            The request's number, which its events bear.
+
+        Raises:
+            MirageError: a picture cannot be read, or the prompt with its response can never fit.
+        """
+        config = replace(config or GenerationConfig(), **changes)  # type: ignore[arg-type]
+        source = prompt if isinstance(prompt, Trajectory) else Trajectory(tuple(prompt))
+        if replay is not None:
+            if replay.decoding is None:
+                raise MirageError("only a decoded trajectory can be replayed; this one has no token ids")
+            config = replace(config, max_new_tokens=max(1, len(forced_tokens(self.vlm, replay))))
+        ids, pictures = self.vlm.encoder.prompt(source.prompt)
+        context = self.vlm.family.max_positions
+        if len(ids) + config.max_new_tokens > context:
+            raise MirageError(
+                f"a prompt of {len(ids)} tokens and {config.max_new_tokens} new ones do not fit the model's "
+                f"context of {context}: use smaller pictures, shorter text or a lower max_new_tokens"
+            )
+        own, shared = self.pool.blocks_for(config.max_new_tokens), self.pool.blocks_for(len(ids))
+        if own + shared > self.pool.limit:
+            raise MirageError(
+                f"a prompt of {len(ids)} tokens and {config.max_new_tokens} new ones take {own + shared} blocks of "
+                f"{self.pool.size} tokens, but the cache holds {self.pool.limit}: raise max_batch_tokens to at least "
+                f"{(own + shared) * self.pool.size}, or lower max_new_tokens"
+            )
+        request = next(self._requests)
+        shared_prompt = Prompt(source, ids, pictures, waiting=config.n)
+        for sample in range(config.n):
+            index = next(self._responses)
+            seed = config.seed + sample if config.seeds is None else config.seeds[sample]
+            response = Response(self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own)
+            self.queue.append(response)
+        return request
+
+    def cancel(self, request: int) -> None:
+        """End a request; its responses finish with reason `cancelled` at the next step, with what they have."""
+        self._cancelled.add(request)
+
+    def run(self) -> Iterator[Event]:
+        """Go on until every response is finished."""
+        while self.busy:
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Admit what fits, move every row on by `look_every` positions, and tell what happened."""
+        events = self._drop_cancelled()
+        events += self._admit()
+        if self.active:
+            events += self._advance()
+        if not self.busy:
+            self.pool.trim()
+            self.rows = None
+        return events
+
+    # -- joining -----------------------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Event]:
+        """Give rows to those at the head of the queue for whom there is room, and choose their first tokens."""
+        wave: list[Response] = []
+        reserved = self.pool.reserved
+        new: dict[int, Prompt] = {}
+        for response in self.queue:
+            prompt = response.prompt
+            need = response.reserved
+            if not prompt.blocks and id(prompt) not in new:
+                need += self.pool.blocks_for(len(prompt.ids))
+            if len(self.active) + len(wave) == self.config.max_rows or reserved + need > self.pool.limit:
+                break
+            reserved += need
+            new[id(prompt)] = prompt
+            wave.append(response)
+        few = self.active and len(wave) < min(len(self.queue), max(1, self.config.max_rows // 8))
+        if not wave or few:  # a pass over a handful of prompts costs nearly as much as over many
+            return []
+        for response in wave:
+            self.queue.popleft()
+            response.prompt.waiting -= 1
+            response.prompt.rows += 1
+        self.pool.reserved = reserved
+        self.reader.read([prompt for prompt in new.values() if not prompt.blocks])
+        fresh = new_rows(self.vlm, wave)
+        step = _Logged(*self._chooser(wave)(fresh), inputs=None, consumed=False)
+        self.rows = fresh if self.rows is None else self.rows.join(fresh)
+        self.active += wave
+        self._plan = None
+        return self._look(wave, fresh, [step])
+
+    # -- one chunk of steps ------------------------------------------------------------------------------------
+
+    def _advance(self) -> list[Event]:
+        """Move every row on by `look_every` positions, without asking the device anything in between."""
+        assert self.rows is not None
+        rows, plan, chooser = self.rows, self._planned(), self._chooser(self.active)
+        kept = any(response.config.return_latents for response in self.active)
+        steps = []
+        for _ in range(self.look_every):
+            inputs = self._consume(rows, plan)
+            steps.append(_Logged(*chooser(rows), inputs if kept else None, consumed=True))
+        return self._look(self.active, rows, steps)
+
+    def _planned(self) -> Plan:
+        """Give rows the blocks they will write to before the next look."""
+        for response in self.active:
+            ahead = min(len(response.tokens) - 1 + self.look_every, response.config.max_new_tokens)
+            missing = self.pool.blocks_for(ahead) - len(response.blocks)
+            if missing > 0:
+                response.blocks += self.pool.take(missing)
+                self._plan = None
+        if self._plan is None:
+            storage = self.pool.storage.shape[2]
+            self._plan = make_plan(self.active, self.pool.size, storage, self.device, self._static)
+        return self._plan
+
+    def _consume(self, rows: Rows, plan: Plan) -> torch.Tensor:
+        """Run the decoder over the newest token or latent of each live row; returns its inputs [B, D]."""
+        live = rows.status == LIVE
+        rows.length = rows.length + live
+        rows.position = rows.position + live
+        inputs = self.vlm.recast(rows.token, rows.hidden)  # [B, D]
+        thinking = live & (rows.token == self.vlm.config.pad_id)
+        if rows.given.shape[1]:
+            which = (rows.latents - 1).clamp(min=0, max=rows.given.shape[1] - 1)
+            given = rows.given[torch.arange(len(rows), device=self.device), which]
+            inputs = torch.where((thinking & (rows.latents <= rows.given_count)).unsqueeze(1), given, inputs)
+        if any(response.config.latent_hook for response in self.active):
+            inputs = self._hooked(inputs, thinking, rows)
+        place = torch.div(rows.length, self.pool.size, rounding_mode="floor").clamp(max=plan.own.shape[1] - 1)
+        block = plan.own.gather(1, place.unsqueeze(1)).squeeze(1)
+        block = torch.where(live, block, NOBODY)
+        idle = (1 << (len(rows) - 1).bit_length()) - len(rows) if self._static else 0
+        block, offset, position = (F.pad(t, (0, idle)) for t in (block, rows.length % self.pool.size, rows.position))
+        step = Step(self.pool, plan.regions, F.pad(plan.table, (0, 0, 0, idle)), block, offset)
+        step.mask(rows.length, rows.evicted if any(r.config.evict_images for r in self.active) else None)
+        padded = F.pad(inputs, (0, 0, 0, idle)).unsqueeze(1)
+        hidden = self._decode(self.vlm, padded, position.expand(3, -1).unsqueeze(-1), step)
+        rows.hidden = hidden[: len(rows), 0].clone()  # the memory of a graph's result is used again by the next one
+        return inputs
+
+    def _hooked(self, inputs: torch.Tensor, thinking: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """What the requests' hooks make of the latents that are about to be consumed."""
+        there = thinking.nonzero().flatten().tolist()
+        steps = (rows.thought - 1).tolist()
+        inputs = inputs.clone()
+        for hook in {r.config.latent_hook for r in self.active} - {None}:
+            mine = [i for i in there if self.active[i].config.latent_hook is hook]
+            if mine and hook is not None:
+                changed = hook(inputs[mine], [self.active[i].index for i in mine], [steps[i] for i in mine])
+                inputs[mine] = changed.to(inputs)
+        return inputs
+
+    def _chooser(self, responses: Sequence[Response]) -> Chooser:
+        configs = [response.config for response in responses]
+        return Chooser(
+            self.vlm,
+            self.stops,
+            pack=self.device.type == "cpu",
+            learned=any((c.stop_rule or self.vlm.config.stop_rule) == "learned" for c in configs),
+            sampled=any(c.temperature > 0 for c in configs),
+            restricted=any(c.top_k > 0 or c.top_p < 1 for c in configs),
+            scored=any(c.logprobs for c in configs),
+        )
+
+    # -- the host's look, and leaving --------------------------------------------------------------------------
+
+    def _look(self, responses: Sequence[Response], rows: Rows, steps: Sequence[_Logged]) -> list[Event]:
+        """Fetch what the rows wrote since the last look, and let go of those that are done."""
+        logs = torch.stack([*(step.log for step in steps), rows.status]).tolist()
+        status = logs.pop()
+        events: list[Event] = []
+        for step, log in zip(steps, logs, strict=True):
+            chances = [math.nan] * len(log) if step.chances is None else step.chances.tolist()
+            thinking = [i for i, r in enumerate(responses) if r.thinking] if step.consumed else []
+            kept = [i for i in thinking if responses[i].config.return_latents]
+            vectors = dict(zip(kept, step.inputs[kept].cpu(), strict=True)) if kept and step.inputs is not None else {}
+            for i in thinking:
+                events += responses[i].consumed(vectors.get(i))
+            for response, entry, chance in zip(responses, log, chances, strict=True):
+                if entry != NOTHING:
+                    events += response.wrote(entry, chance)
+        for response, state in zip(responses, status, strict=True):
+            if state != LIVE:
+                events += response.finish(REASONS[state])
+        self._let_go()
+        return events
+
+    def _drop_cancelled(self) -> list[Event]:
+        """Finish the responses of cancelled requests, wherever they are."""
+        events: list[Event] = []
+        if self._cancelled:
+            for response in [r for r in (*self.queue, *self.active) if r.request in self._cancelled]:
+                events += response.finish("cancelled")
+                if response not in self.active:
+                    self.queue.remove(response)
+                    response.prompt.waiting -= 1
+                    self._release(response.prompt)
+            self._cancelled.clear()
+            self._let_go()
+        return events
+
+    def _let_go(self) -> None:
+        """Take the finished rows out and free what they held, and the pictures that nobody looks at any more."""
+        staying = [i for i, response in enumerate(self.active) if not response.finish_reason]
+        for response in self.active:
+            if response.finish_reason:
+                self.pool.give_back(response.blocks)
+                self.pool.reserved -= response.reserved
+                response.prompt.rows -= 1
+                self._release(response.prompt)
+        if len(staying) < len(self.active):
+            self.active = [self.active[i] for i in staying]
+            assert self.rows is not None
+            self.rows = self.rows.pick(torch.tensor(staying, dtype=torch.long, device=self.device))
+            self._plan = None
+        blind = {id(r.prompt): r.prompt for r in self.active if r.evicted and not r.prompt.blind}
+        for prompt in blind.values():
+            if prompt.waiting == 0 and all(r.evicted for r in self.active if r.prompt is prompt):
+                self.pool.reserved -= prompt.drop_pictures(self.pool, self.vlm.family.image_token_id)
+                self._plan = None
+
+    def _release(self, prompt: Prompt) -> None:
+        """Free a prompt that nobody reads or will read."""
+        if prompt.rows == 0 and prompt.waiting == 0:
+            self.pool.give_back(prompt.blocks)
+            self.pool.reserved -= len(prompt.blocks)
+            prompt.blocks = []
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """What one step left on the device for the next look: see `Chooser`, and the inputs [B, D] where they are kept."""
+
+    log: torch.Tensor
+    chances: torch.Tensor | None
+    inputs: torch.Tensor | None
+    consumed: bool
+
+
+@cache
+def _compiled(device: str) -> Callable[..., torch.Tensor]:
+    """The decode step, compiled without a graph break; on CUDA it is replayed as a graph for each shape.
+
+    Raises:
+        MirageError: there is no C++ compiler, which torch needs for the CPU.
+    """
+    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise MirageError("compiling for the CPU needs a C++ compiler (g++ or clang++); leave compile off without")
+    return torch.compile(run_paged, fullgraph=True, dynamic=True, mode=None if device == "cpu" else "reduce-overhead")
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,89 @@
+"""Which row reads which block, as the index tensors that attention works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mirage_vlm.decoding.blocks import Region
+
+if TYPE_CHECKING:
+    from mirage_vlm.decoding.response import Response
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Valid until a row joins or leaves, or takes a new block.
+
+    Attributes:
+        regions, table: see `mirage_vlm.decoding.blocks.Step`.
+        own: [B, most] the blocks of each response's own positions, in order.
+    """
+
+    regions: tuple[Region, ...]
+    table: torch.Tensor
+    own: torch.Tensor
+
+
+def make_plan(responses: Sequence[Response], size: int, storage: int, device: torch.device, padded: bool) -> Plan:
+    """Lay out the blocks of all rows.
+
+    Where every prompt has one reader, one stretch of the pool holds everything. Otherwise the prompts' blocks are
+    scored against several readers each, and the responses' own blocks against one, in two stretches; a stretch may
+    hold blocks of the other kind in between, which then count for nothing.
+
+    Args:
+        size: positions of a block.
+        storage: blocks that are allocated.
+        padded: round shapes up to powers of two, for a compiled step.
+    """
+
+    def rounded(number: int, most: int) -> int:
+        return min(most, 1 << (number - 1).bit_length()) if padded else number
+
+    readers: dict[int, list[int]] = {}
+    for row, response in enumerate(responses):
+        readers.setdefault(id(response.prompt), []).append(row)
+    slots = rounded(max(map(len, readers.values())), len(responses))
+    shared_end = rounded(1 + max(max(r.prompt.blocks) for r in responses), storage)
+    own_low = 0 if padded else min((min(r.blocks) for r in responses if r.blocks), default=1)
+    own_end = rounded(1 + max((max(r.blocks) for r in responses if r.blocks), default=1), storage)
+    if slots == 1:
+        shared_end, own_low, own_end = max(shared_end, own_end), 0, 0
+    shared, own_part = _Part(0, shared_end, slots), _Part(own_low, own_end, 1)
+    longest = rounded(max(len(r.blocks) + len(r.prompt.blocks) for r in responses), storage)
+    table = np.zeros((len(responses), longest), dtype=np.int64)
+    own = np.zeros((len(responses), rounded(max(1, *(len(r.blocks) for r in responses)), storage)), dtype=np.int64)
+    for row, response in enumerate(responses):
+        prompt, blocks = response.prompt, np.array(response.blocks, dtype=np.int64)
+        read = np.array(prompt.blocks, dtype=np.int64)
+        slot = readers[id(prompt)].index(row)
+        shared.readers[read, slot] = row
+        shared.fill[read] = np.minimum(size, len(prompt.ids) - size * np.arange(len(read)))
+        part, base = (shared, 0) if slots == 1 else (own_part, shared_end * slots)
+        part.readers[blocks - part.low, 0] = row
+        part.start[blocks - part.low] = size * np.arange(len(blocks))
+        table[row, : len(blocks)] = base + blocks - part.low
+        table[row, len(blocks) : len(blocks) + len(read)] = read * slots + slot
+        own[row, : len(blocks)] = blocks
+    parts = (shared,) if slots == 1 else (shared, own_part)
+    regions = tuple(part.region(device) for part in parts)
+    return Plan(regions, torch.from_numpy(table).to(device), torch.from_numpy(own).to(device))
+
+
+class _Part:
+    """A region in the making."""
+
+    def __init__(self, low: int, high: int, slots: int):
+        self.low, self.high = low, high
+        self.readers = np.zeros((high - low, slots), dtype=np.int64)
+        self.fill = np.zeros(high - low, dtype=np.int64)
+        self.start = np.full(high - low, -1, dtype=np.int64)
+
+    def region(self, device: torch.device) -> Region:
+        readers, fill, start = (torch.from_numpy(a).to(device) for a in (self.readers, self.fill, self.start))
+        return Region(self.low, self.high, readers, fill, start)

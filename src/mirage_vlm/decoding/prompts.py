@@ -1,0 +1,143 @@
+"""Prompts: encoded once, read once, and shared by all responses to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from mirage_vlm.decoding.blocks import NOBODY, BlockPool, Prefill, run_paged
+from mirage_vlm.modeling.encoding import Pictures
+from mirage_vlm.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One prompt and where its keys and values are.
+
+    Attributes:
+        source: the trajectory whose prompt it is.
+        ids: its tokens, as far as they are in the cache.
+        pictures: its processed pictures, dropped once they have been read.
+        waiting: responses to it that have no row yet.
+        rows: responses that read it now.
+        blocks: its cache blocks, in order; empty before it is read.
+        hidden: [D] the newest hidden state.
+        position: rotary position of the response's first token.
+        blind: its pictures have left the cache.
+    """
+
+    source: Trajectory
+    ids: list[int]
+    pictures: Pictures | None
+    waiting: int = 1
+    rows: int = 0
+    blocks: list[int] = field(default_factory=list)
+    hidden: torch.Tensor | None = None
+    position: int = 0
+    blind: bool = False
+
+    def drop_pictures(self, pool: BlockPool, image_token: int) -> int:
+        """Take the pictures out of the cache; returns how many blocks that freed."""
+        kept = [place for place, token in enumerate(self.ids) if token != image_token]
+        before = len(self.blocks)
+        self.blocks = pool.drop_positions(self.blocks, torch.tensor(kept, device=pool.device))
+        self.ids = [self.ids[place] for place in kept]
+        self.blind = True
+        return before - len(self.blocks)
+
+
+class Reader:
+    """Reads prompts into the cache: pictures of many in one vision pass, text in passes of similar lengths.
+
+    Args:
+        most_tokens: positions of one pass, padding included.
+        most_patches: picture features kept for prompts to come.
+    """
+
+    def __init__(self, vlm: LatentVLM, pool: BlockPool, most_tokens: int, most_patches: int):
+        self.vlm, self.pool = vlm, pool
+        self.most_tokens, self.most_patches = most_tokens, most_patches
+        self.known: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # picture -> features [n, D]
+
+    def read(self, prompts: Sequence[Prompt]) -> None:
+        """Give each prompt its blocks, its newest hidden state and the position of what follows."""
+        features = self._features(prompts)
+        ordered = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        batch: list[int] = []
+        for i in ordered:
+            width = len(prompts[i].ids)
+            short = batch and width > 1.25 * len(prompts[batch[0]].ids) + 16
+            if batch and (short or width * (len(batch) + 1) > self.most_tokens):
+                self._pass([prompts[j] for j in batch], [features[j] for j in batch])
+                batch = []
+            batch.append(i)
+        if batch:
+            self._pass([prompts[j] for j in batch], [features[j] for j in batch])
+        while sum(map(len, self.known.values())) > self.most_patches:
+            self.known.popitem(last=False)
+
+    def _pass(self, prompts: Sequence[Prompt], features: Sequence[list[torch.Tensor]]) -> None:
+        """One forward pass over right-padded prompts."""
+        vlm, pool, device = self.vlm, self.pool, self.vlm.device
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        width = int(lengths.max())
+        ids = torch.full((len(prompts), width), vlm.tokenizer.pad_token_id)
+        grids = [prompt.pictures.grid_thw for prompt in prompts if prompt.pictures is not None]
+        across = pool.blocks_for(width)
+        blocks = torch.full((len(prompts), across), NOBODY)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
+            prompt.blocks = pool.take(pool.blocks_for(len(prompt.ids)))
+            blocks[row, : len(prompt.blocks)] = torch.tensor(prompt.blocks)
+        mask = (torch.arange(width) < lengths.unsqueeze(1)).long().to(device)
+        ids, blocks = ids.to(device), blocks.flatten().to(device)
+        pictures = ids == vlm.family.image_token_id
+        padded = torch.nn.functional.pad(pictures, (0, across * pool.size - width))
+        pool.images[blocks] = padded.view(-1, pool.size)
+        grid = torch.cat(grids).to(device) if grids else None
+        positions = vlm.positions(ids, mask, grid)  # [3, P, T]
+        embeds = vlm.embed(ids)
+        found = [feature for each in features for feature in each]
+        if found:
+            embeds = embeds.masked_scatter(pictures.unsqueeze(-1), torch.cat(found).to(embeds.dtype))
+        hidden = run_paged(vlm, embeds, positions, Prefill(pool, blocks))
+        newest = hidden[torch.arange(len(prompts)), lengths - 1]
+        following = (positions.amax(dim=0).masked_fill(mask == 0, 0).amax(dim=1) + 1).tolist()
+        for prompt, state, position in zip(prompts, newest, following, strict=True):
+            prompt.hidden, prompt.position, prompt.pictures = state, position, None
+
+    def _features(self, prompts: Sequence[Prompt]) -> list[list[torch.Tensor]]:
+        """Features of each prompt's pictures; every picture that is not known goes through one vision pass."""
+        keys: list[list[bytes]] = []
+        fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        for prompt in prompts:
+            keys.append([])
+            for pixels, grid in _single(prompt.pictures):
+                key = hashlib.blake2b(pixels.contiguous().numpy().tobytes() + grid.numpy().tobytes()).digest()
+                keys[-1].append(key)
+                if key not in self.known:
+                    fresh[key] = (pixels, grid)
+        if fresh:
+            pixels = torch.cat([pixels for pixels, _ in fresh.values()]).to(self.vlm.device)
+            grids = torch.stack([grid for _, grid in fresh.values()]).to(self.vlm.device)
+            self.known.update(zip(fresh, self.vlm.family.image_features(self.vlm.model, pixels, grids), strict=True))
+        for each in keys:
+            for key in each:
+                self.known.move_to_end(key)
+        return [[self.known[key] for key in each] for each in keys]
+
+
+def _single(pictures: Pictures | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each picture's own pixels and grid."""
+    if pictures is None:
+        return []
+    sizes = pictures.grid_thw.prod(dim=1).tolist()
+    return list(zip(pictures.pixel_values.split(sizes), pictures.grid_thw, strict=True))

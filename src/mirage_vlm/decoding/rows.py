@@ -1,0 +1,273 @@
+"""The responses that are being decoded, as tensors: every rule of a latent span is an operation on all rows at once.
+
+A row is in text (`thought` −1) or in a span (`thought` latents so far). Opening, thinking on, closing, stopping and
+the limits are decided here, without asking the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from mirage_vlm.decoding.sampling import allowed, draw, uniforms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mirage_vlm.decoding.response import Response
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
+    from mirage_vlm.trajectory import Trajectory
+
+LIVE, STOPPED, FULL = 0, 1, 2
+NOTHING = -1  # in a log of tokens: the row wrote nothing
+NEVER = 1 << 30  # a limit that is not one
+
+
+@dataclass
+class Rows:
+    """State of B responses, all on the device; the first dimension of each tensor is the row.
+
+    Attributes:
+        hidden: [B, D] newest hidden states, after the final norm.
+        token: [B] the token chosen last, which the next step consumes.
+        position: [B] rotary position of that token.
+        length: [B] positions of the response in the cache.
+        written: [B] tokens written down.
+        thought: [B] latents of the open span; −1 in text.
+        spans, latents: [B] how many so far.
+        status: [B] LIVE, STOPPED (end of turn) or FULL (a limit).
+        evicted: [B] the prompt's pictures are out of sight.
+        k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, seed, evict: [B] the request's.
+        forced: [B, F] tokens of a replay, −1 after its end.
+        given: [B, L, D] latents of a replay, and [B] `given_count` of them.
+    """
+
+    hidden: torch.Tensor
+    token: torch.Tensor
+    position: torch.Tensor
+    length: torch.Tensor
+    written: torch.Tensor
+    thought: torch.Tensor
+    spans: torch.Tensor
+    latents: torch.Tensor
+    status: torch.Tensor
+    evicted: torch.Tensor
+    k: torch.Tensor
+    learned: torch.Tensor
+    max_tokens: torch.Tensor
+    max_spans: torch.Tensor
+    max_latents: torch.Tensor
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    seed: torch.Tensor
+    evict: torch.Tensor
+    forced: torch.Tensor
+    given: torch.Tensor
+    given_count: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def pick(self, index: torch.Tensor) -> Rows:
+        """The rows at `index`, in its order."""
+        return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def join(self, more: Rows) -> Rows:
+        """These rows and then those."""
+        joined = {}
+        for f in fields(self):
+            ours, theirs = getattr(self, f.name), getattr(more, f.name)
+            if f.name == "forced":
+                width = max(ours.shape[1], theirs.shape[1])
+                ours, theirs = (F.pad(t, (0, width - t.shape[1]), value=NOTHING) for t in (ours, theirs))
+            if f.name == "given":
+                width = max(ours.shape[1], theirs.shape[1])
+                ours, theirs = (F.pad(t, (0, 0, 0, width - t.shape[1])) for t in (ours, theirs))
+            joined[f.name] = torch.cat([ours, theirs])
+        return Rows(**joined)
+
+
+def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
+    """The state of rows that are about to choose their first token."""
+    latent, device, width = vlm.config, vlm.device, vlm.width
+    configs = [response.config for response in wave]
+
+    def numbers(values: list[int], dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    def reals(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    def limit(value: int | None) -> int:
+        return NEVER if value is None else value
+
+    nothing = torch.zeros(len(wave), dtype=torch.long, device=device)
+    forced = [[] if r.replay is None else forced_tokens(vlm, r.replay) for r in wave]
+    given = [_given(r.replay) for r in wave]
+    longest = max(map(len, forced))
+    most = max(map(len, given))
+    latents = torch.zeros(len(wave), most, width, dtype=vlm.model.dtype, device=device)
+    for row, vectors in enumerate(given):
+        if len(vectors):
+            latents[row, : len(vectors)] = vectors.to(latents)
+    return Rows(
+        hidden=torch.stack([r.prompt.hidden for r in wave]),  # type: ignore[misc]
+        token=nothing,
+        position=numbers([r.prompt.position - 1 for r in wave]),
+        length=nothing - 1,
+        written=nothing,
+        thought=nothing - 1,
+        spans=nothing,
+        latents=nothing,
+        status=nothing,
+        evicted=nothing.bool(),
+        k=numbers([c.latent_size or latent.latent_size for c in configs]),
+        learned=numbers([(c.stop_rule or latent.stop_rule) == "learned" for c in configs], torch.bool),
+        max_tokens=numbers([c.max_new_tokens for c in configs]),
+        max_spans=numbers([limit(c.max_spans) for c in configs]),
+        max_latents=numbers([limit(c.max_latents) for c in configs]),
+        temperature=reals([c.temperature for c in configs]),
+        top_p=reals([c.top_p for c in configs]),
+        top_k=numbers([c.top_k for c in configs]),
+        seed=numbers([r.seed for r in wave]),
+        evict=numbers([c.evict_images for c in configs], torch.bool),
+        forced=numbers([f + [NOTHING] * (longest - len(f)) for f in forced]).view(len(wave), longest),
+        given=latents,
+        given_count=numbers([len(vectors) for vectors in given]),
+    )
+
+
+def forced_tokens(vlm: LatentVLM, replay: Trajectory) -> list[int]:
+    """The tokens of a replay, the end of turn among them."""
+    decoding = replay.decoding
+    assert decoding is not None
+    if decoding.finish_reason != "stop":
+        return list(decoding.token_ids)
+    return [*decoding.token_ids, vlm.tokenizer.eos_token_id if decoding.stop_id is None else decoding.stop_id]
+
+
+def _given(replay: Trajectory | None) -> torch.Tensor:
+    """[L, D] the latents of a replay, as far as it holds them."""
+    spans = [] if replay is None else [span.latents for span in replay.spans if span.latents is not None]
+    return torch.cat(spans) if spans else torch.zeros(0, 0)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses the next token of every row. Marks of spans, and of pictures, cannot be said as words.
+
+    Attributes:
+        vlm: whose tokens and LM head.
+        stops: [S] tokens that end a response.
+        pack: run the LM head only for rows that have a choice. That asks the device which they are, so it is for the
+            CPU; elsewhere the head runs for all rows, and those in a span take no notice of it.
+        learned: some row closes its spans by choice.
+        sampled: some row has a temperature.
+        restricted: some row has a top-k or top-p.
+        scored: log-probabilities are wanted.
+    """
+
+    vlm: LatentVLM
+    stops: torch.Tensor
+    pack: bool
+    learned: bool
+    sampled: bool
+    restricted: bool
+    scored: bool
+
+    def __call__(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose, write down, and move every row's state on.
+
+        Returns:
+            [B] the token that was written, `NOTHING`, or −2 − token for the one that ended a response; and [B]
+            log-probabilities of chosen tokens in float32, NaN where there was no choice.
+        """
+        latent = self.vlm.config
+        pad, start, end = latent.pad_id, latent.start_id, latent.end_id
+        live = rows.status == LIVE
+        inside = rows.thought >= 0
+        text = live & ~inside
+        more = (rows.thought < rows.k) & (rows.latents < rows.max_latents)  # the span may go on
+        asks = inside & rows.learned & (rows.thought > 0) & more if self.learned else None
+        forced = self._forced(rows) if rows.forced.shape[1] else None
+        token, chance = self._by_model(rows, text, asks, forced)
+        token = torch.where(inside if asks is None else inside & ~asks, torch.where(more, pad, end), token)
+        if forced is not None:
+            token = torch.where(forced >= 0, forced, token)
+
+        stopped = live & torch.isin(token, self.stops)
+        live = live & ~stopped
+        last = rows.written + 1 == rows.max_tokens
+        kept = live & ~(last & (token == pad))  # that latent would never be consumed, so it is not written
+        log = torch.where(kept, token, NOTHING)
+        log = torch.where(stopped, -2 - token, log)
+        rows.written = rows.written + kept
+        opened, thinks, closed = live & (token == start), kept & (token == pad), live & (token == end)
+        rows.spans = rows.spans + opened
+        rows.latents = rows.latents + thinks
+        rows.thought = torch.where(opened, 0, torch.where(closed, -1, rows.thought + thinks))
+        rows.evicted = rows.evicted | (closed & rows.evict)
+        rows.status = torch.where(stopped, STOPPED, torch.where(live & last, FULL, rows.status))
+        rows.token = token
+        return log, chance
+
+    def _forced(self, rows: Rows) -> torch.Tensor:
+        """[B] the token that a replay puts here; −1 where the row is free."""
+        width = rows.forced.shape[1]
+        here = rows.forced.gather(1, rows.written.clamp(max=width - 1).unsqueeze(1)).squeeze(1)
+        return torch.where(rows.written < width, here, NOTHING)
+
+    def _by_model(
+        self, rows: Rows, text: torch.Tensor, asks: torch.Tensor | None, forced: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B] tokens by the LM head: any token in text, one more latent or the end where `asks`."""
+        chooses = text if asks is None else text | asks
+        if not self.pack:
+            return self._among(rows, chooses, asks, forced)
+        if forced is not None and not self.scored:  # a replayed token needs logits only for its probability
+            at = (chooses & (forced < 0)).nonzero().flatten()
+        else:
+            at = chooses.nonzero().flatten()
+        if len(at) == len(rows):
+            return self._among(rows, chooses, asks, forced)
+        token = torch.zeros_like(rows.token)
+        chance = torch.full(token.shape, torch.nan, device=token.device) if self.scored else None
+        if len(at):
+            asked = None if asks is None else asks[at]
+            found, likely = self._among(rows.pick(at), chooses[at], asked, None if forced is None else forced[at])
+            token = token.index_copy(0, at, found)
+            if chance is not None and likely is not None:
+                chance = chance.index_copy(0, at, likely)
+        return token, chance
+
+    def _among(
+        self, rows: Rows, chooses: torch.Tensor, asks: torch.Tensor | None, forced: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_by_model`, with the LM head for every row given."""
+        latent = self.vlm.config
+        pad, start, end = latent.pad_id, latent.start_id, latent.end_id
+        logits = self.vlm.logits(rows.hidden).float()  # [n, V]
+        if self.sampled:
+            logits = logits / torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
+        needed = torch.where(rows.learned, 1, rows.k)
+        shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
+        choice = logits.clone()
+        choice[:, pad] = choice[:, end] = choice[:, self.vlm.family.image_token_id] = -torch.inf
+        choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
+        found = choice.argmax(dim=-1)
+        if self.sampled:
+            if self.restricted:
+                choice = allowed(choice, rows.top_k, rows.top_p)
+            drawn = draw(choice, uniforms(rows.seed, rows.written))
+            found = torch.where(rows.temperature > 0, drawn, found)
+        if asks is not None:
+            found = torch.where(asks, torch.where(logits[:, pad] >= logits[:, end], pad, end), found)
+        if not self.scored:
+            return found, None
+        said = found if forced is None else torch.where(forced >= 0, forced, found)
+        chance = logits.log_softmax(dim=-1).gather(1, said.unsqueeze(1)).squeeze(1)
+        return found, torch.where(chooses, chance, torch.nan)
