@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from mirage_vlm.modeling.segment_cache import checkpoint_with_cache
-from mirage_vlm.training.rollout import span_runs
+from mirage_vlm.training.own import passes
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
+    from mirage_vlm.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,12 @@ class Needs:
     feedback: int
 
 
-def needs_of(batch: Mapping[str, torch.Tensor], stage: str, pad_id: int) -> Needs:
-    """What a collated batch takes in a stage."""
-    runs = span_runs(batch["input_ids"], pad_id)
-    spans = max(len(row) for row in runs) if stage == "stage2" else 0
-    # a pass for each text segment, and for each latent of the longest span between two of them
-    longest = [max(row[s][1] - row[s][0] for row in runs if s < len(row)) for s in range(spans)]
-    return Needs(1 + spans + sum(longest), int("pixel_values" in batch), int(spans > 0))
+def needs_of(batch: Mapping[str, torch.Tensor], recipe: Recipe, pad_id: int) -> Needs:
+    """What a collated batch takes in a recipe's stage."""
+    ids = batch["input_ids"]
+    rolled = recipe.stage == "stage2"
+    count = passes(ids, pad_id, recipe.train.latent_iterations) if rolled else 1
+    return Needs(count, int("pixel_values" in batch), int(rolled and bool((ids == pad_id).any())))
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class LatentTrainer(transformers.Trainer):
         with together(device), in_one_line():
             batches += itertools.islice(epoch_iterator, num_batches)
         if self.is_fsdp_enabled:
-            own = [needs_of(batch, self.recipe.stage, self.vlm.config.pad_id) for batch in batches]
+            own = [needs_of(batch, self.recipe, self.vlm.config.pad_id) for batch in batches]
             largest = torch.tensor([astuple(needs) for needs in own], device=device)
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
             for batch, needs, most in zip(batches, own, largest.tolist(), strict=True):
