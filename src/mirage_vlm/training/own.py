@@ -39,7 +39,7 @@ class Stretch:
         return max(end - start for start, end in self.runs)
 
 
-def stretches(spans: Sequence[Sequence[Run]], lengths: Sequence[int], iterations: int) -> list[Stretch]:
+def stretches(spans: Sequence[Sequence[Run]], lengths: Sequence[int], parallel: bool = False) -> list[Stretch]:
     """Cut rows into stretches: the text before the first spans, then span by span.
 
     The last latent of a span, which nothing in the span waits for, is read with the text that follows. Where spans
@@ -48,7 +48,7 @@ def stretches(spans: Sequence[Sequence[Run]], lengths: Sequence[int], iterations
     Args:
         spans: the latent positions of each row, as `span_runs` gives them.
         lengths: tokens of each row.
-        iterations: 0 cuts before every latent, more than 0 before every span.
+        parallel: cut before every span, not before every latent.
     """
     first = [row[0][0] if row else length for row, length in zip(spans, lengths, strict=True)]
     cut = [Stretch([(0, end) for end in first], 0)]
@@ -56,19 +56,17 @@ def stretches(spans: Sequence[Sequence[Run]], lengths: Sequence[int], iterations
         group = [row[s] if s < len(row) else NOTHING for row in spans]
         stops = [row[s + 1][0] if s + 1 < len(row) else length for row, length in zip(spans, lengths, strict=True)]
         longest = max(end - start for start, end in group)
-        for left in range(longest, 0, -1) if iterations == 0 else [1]:  # latents of the longest span still to come
-            runs = []
-            for (start, end), stop in zip(group, stops, strict=True):
-                begin = end - left if iterations == 0 else start
-                waits = begin < start or start == end
-                runs.append(NOTHING if waits else (begin, stop if left == 1 else begin + 1))
-            cut.append(Stretch(runs, longest if iterations > 0 else 1))
+        for left in range(1 if parallel else longest, 1, -1):  # latents to come, of the longest span
+            cut.append(Stretch([(e - left, e - left + 1) if e - b >= left else NOTHING for b, e in group], 1))
+        heads = [start if parallel else end - 1 for start, end in group]
+        runs = [(h, stop) if e > b else NOTHING for (b, e), h, stop in zip(group, heads, stops, strict=True)]
+        cut.append(Stretch(runs, longest if parallel else 1))
     return cut
 
 
 def passes(input_ids: torch.Tensor, pad_id: int, iterations: int = 0) -> int:
     """How many passes through the decoder `forward_own` takes for [B, T] ids."""
-    cut = stretches(span_runs(input_ids, pad_id), [input_ids.shape[1]] * len(input_ids), iterations)
+    cut = stretches(span_runs(input_ids, pad_id), [input_ids.shape[1]] * len(input_ids), iterations > 0)
     return sum(max(1, min(iterations, stretch.latents)) for stretch in cut if stretch.width)
 
 
@@ -89,7 +87,7 @@ def forward_own(vlm: LatentVLM, batch: Batch, iterations: int = 0) -> tuple[torc
             order.
     """
     spans = span_runs(batch.input_ids, vlm.config.pad_id)
-    cut = stretches(spans, batch.attention_mask.sum(dim=1).tolist(), iterations)
+    cut = stretches(spans, batch.attention_mask.sum(dim=1).tolist(), iterations > 0)
     roll = _Roll(vlm, batch, cut, spans)
     with checkpoint_with_cache(vlm.language_model):
         for i in range(len(cut)):
