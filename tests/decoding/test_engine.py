@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from support import dialogue, distance, picture, ragged, slow_embeddings, slow_positions, split
+from support import dialogue, distance, picture, ragged, slow_embeddings, slow_positions, slow_rollout, split
 from test_generate import assert_same, replayed
 
 from mirage_vlm.decoding import (
@@ -20,6 +20,7 @@ from mirage_vlm.decoding import (
     SpanClosed,
     SpanOpened,
     TextPiece,
+    native,
 )
 from mirage_vlm.decoding import blocks as blocks_module
 from mirage_vlm.errors import MirageError
@@ -68,10 +69,41 @@ def test_rows_that_come_and_go_decode_as_one_at_a_time(tiny, prompts, alone, con
     assert_same(tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4, engine=config), alone)
 
 
-@pytest.mark.parametrize("few", [0, 10_000], ids=["by-pieces", "side-by-side"])
-def test_both_ways_of_attending_agree(tiny, prompts, alone, monkeypatch, few):
-    monkeypatch.setattr(blocks_module, "FEW_BLOCKS", few)
-    assert_same(tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4), alone)
+@pytest.mark.parametrize("way", ["kernel", "by-pieces", "side-by-side"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("evict", [False, True])
+def test_all_ways_of_attending_agree(tiny, prompts, monkeypatch, way, n, evict):
+    """Against transformers' own attention: what was decoded is read again in one pass of stage 2."""
+    monkeypatch.setattr(blocks_module, "FEW_BLOCKS", 10_000 if way == "side-by-side" else 0)
+    config = EngineConfig(native=way == "kernel", block_size=8)
+    options = {"max_new_tokens": TOKENS, "latent_size": 4, "n": n, "temperature": 0.8 * (n > 1), "logprobs": True}
+    rows = tiny.generate(prompts, engine=config, evict_images=evict, **options)
+    for row in rows:
+        slow = naive_log_probabilities(tiny, row, options["temperature"] or 1.0, evict)
+        for said, other in zip(row.decoding.logprobs, slow, strict=True):
+            assert said is None or said == pytest.approx(other, abs=1e-4)
+
+
+def test_the_kernel_is_used_where_it_can_be(tiny, fresh, monkeypatch):
+    if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
+        assert Engine(tiny)._native
+    assert not Engine(tiny, EngineConfig(native=False))._native
+    assert not Engine(fresh.to(torch.bfloat16))._native, "it knows float32 only"
+
+
+def test_a_kernel_that_cannot_be_built_is_told_and_done_without(tiny, prompts, alone, monkeypatch, tmp_path, caplog):
+    broken = tmp_path / "attend.c"
+    broken.write_text("this is not C")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.load.cache_clear()
+    try:
+        assert_same(tiny.generate(prompts[:3], max_new_tokens=TOKENS, latent_size=4), alone[:3])
+        if native.compiler() is not None:
+            assert "the attention kernel could not be built" in caplog.text
+        assert not list((tmp_path / "mirage-vlm").glob("*.so"))
+    finally:
+        native.load.cache_clear()
 
 
 def test_sixty_four_mixed_requests_equal_one_at_a_time(tiny, prompts):
@@ -115,7 +147,7 @@ def test_requests_join_while_others_run(tiny, prompts, alone):
 def test_shapes_padded_for_graphs_change_nothing(tiny, prompts, alone):
     """What CUDA graphs need, without them: rows, blocks, slots and tables are powers of two."""
     shapes = set()
-    engine = Engine(tiny, EngineConfig(max_rows=6, max_batch_tokens=4096))
+    engine = Engine(tiny, EngineConfig(max_rows=6, max_batch_tokens=4096, native=False))
     engine._static = True
     plain = engine._decode
 
@@ -127,16 +159,16 @@ def test_shapes_padded_for_graphs_change_nothing(tiny, prompts, alone):
     for prompt in prompts:
         engine.submit(prompt, max_new_tokens=TOKENS, latent_size=4)
     assert_same(finished(engine), alone)
-    storage = engine.pool.storage.shape[2]
+    storage = engine.pool.blocks
     assert all(n & (n - 1) == 0 or n == storage for shape in shapes for n in shape) and len(shapes) < 20
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_the_decode_step_has_no_graph_break(tiny, prompts, slots):
+@pytest.mark.parametrize(("slots", "native_kernel"), [(1, False), (3, False), (3, True)])
+def test_the_decode_step_has_no_graph_break(tiny, prompts, slots, native_kernel):
     """Compiled as one graph (without generating code for it), it decodes the same."""
     options = {"max_new_tokens": 12, "latent_size": 4, "n": slots, "temperature": 1.0}
     torch._dynamo.reset()
-    engine = Engine(tiny)
+    engine = Engine(tiny, EngineConfig(native=native_kernel))
     engine._decode = torch.compile(blocks_module.run_paged, fullgraph=True, dynamic=True, backend="eager")
     for prompt in prompts[:6]:
         engine.submit(prompt, **options)
@@ -266,7 +298,7 @@ def test_soak(tiny):
     """2,000 requests of random lengths, pictures, spans, groups and cancellations on little memory."""
     chance = random.Random(0)
     engine = Engine(tiny, EngineConfig(max_rows=48, max_batch_tokens=2400, block_size=8, look_every=2))
-    before = engine.pool.storage.nbytes
+    before = engine.pool.nbytes
     ended: Counter[str] = Counter()
     expected, seen, latents = 0, Counter(), 0
     running: list[int] = []
@@ -302,8 +334,8 @@ def test_soak(tiny):
     assert set(ended) == {"stop", "length", "cancelled"} and min(ended.values()) > 20, ended
     assert latents > 500
     assert engine.pool.used == engine.pool.reserved == 0 and not engine.active and not engine.queue
-    assert engine.pool.storage.nbytes == before
-    assert sorted(engine.pool.free) == list(range(1, engine.pool.storage.shape[2]))
+    assert engine.pool.nbytes == before
+    assert sorted(engine.pool.free) == list(range(1, engine.pool.blocks))
 
 
 # -- eviction --------------------------------------------------------------------------------------------------------
@@ -493,12 +525,11 @@ def test_a_replay_consumes_the_latents_it_is_given(tiny, prompts):
         engine.submit(row, replay=prompts[0])
 
 
-def naive_log_probabilities(vlm: LatentVLM, row: Trajectory, temperature: float) -> Sequence[float]:
-    from support import slow_rollout
-
+def naive_log_probabilities(vlm: LatentVLM, row: Trajectory, temperature: float, evict: bool) -> list[float]:
+    """Of each token, by the slow rollout; with eviction by full attention in which the pictures are masked."""
     (one,) = split(vlm, replayed(vlm, [row]))
     with torch.no_grad():
-        logits = vlm.logits(slow_rollout(vlm, one)[0]) / temperature
+        logits = vlm.logits(slow_evicted(vlm, row) if evict else slow_rollout(vlm, one)[0]) / temperature
     tokens = [*row.decoding.token_ids, *([row.decoding.stop_id] if row.decoding.stop_id is not None else [])]
     start = len(one.input_ids[0]) - len(row.decoding.token_ids)
     return [float(logits[start + t - 1].log_softmax(dim=-1)[token]) for t, token in enumerate(tokens)]
@@ -509,7 +540,7 @@ def test_log_probabilities_are_those_of_the_slow_rollout(tiny, prompts, temperat
     rows = tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4, temperature=temperature, logprobs=True)
     for row in rows:
         for said, slow in zip(
-            row.decoding.logprobs, naive_log_probabilities(tiny, row, temperature or 1.0), strict=True
+            row.decoding.logprobs, naive_log_probabilities(tiny, row, temperature or 1.0, False), strict=True
         ):
             assert said is None or said == pytest.approx(slow, abs=1e-4)
 

@@ -1,7 +1,6 @@
-"""The key-value cache: one pool of blocks, and attention over whichever of them a row may read.
+"""Attention over a pool of blocks, of which each row reads its own and its prompt's.
 
-A block holds the keys and values of `size` positions of one owner: a prompt, which all responses to it read, or one
-response. Attention works on the blocks where they lie, in whatever order, and copies none of them: each block is
+Attention works on the blocks where they lie, in whatever order, and copies none of them: each block is
 scored against the queries of its readers, and the partial results of a row's blocks are put together by the rule of
 flash-decoding (each partial softmax is rescaled to the row's own maximum). So rows of any length stand side by side
 without padding, and a row that leaves gives its blocks back at once.
@@ -9,7 +8,6 @@ without padding, and a row that leaves gives its blocks back at once.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,107 +17,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from mirage_vlm.decoding.pool import BlockPool
+
 if TYPE_CHECKING:
+    from mirage_vlm.decoding.native import NativeStep
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 PAGED = "mirage_paged"
-NOBODY = 0  # a block that is never given out: padding is written to it, and nothing is read from it
 MASKED = -1e30  # finite, so that a block with nothing to read has no NaN, and weighs nothing
 FEW_BLOCKS = 64  # up to so many, copying them side by side is cheaper than putting partial results together
 LOG2_E = math.log2(math.e)
-
-
-class BlockPool:
-    """Storage and free list.
-
-    Args:
-        config: the text config of the model.
-        size: positions of a block.
-        limit: most blocks that may be given out.
-        fixed: allocate everything now; else storage grows by doubling, up to the limit.
-    """
-
-    def __init__(self, config: Any, size: int, limit: int, dtype: torch.dtype, device: torch.device, fixed: bool):
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.size, self.limit, self.fixed = size, limit, fixed
-        self.shape = (config.num_hidden_layers, 2, heads, size, width)
-        self.dtype, self.device = dtype, device
-        self.used = 0
-        self.reserved = 0
-        self._allocate(limit if fixed else min(limit, 64))
-
-    @staticmethod
-    def bytes_per_block(config: Any, size: int, dtype: torch.dtype) -> int:
-        """Keys and values of one block in all layers."""
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_hidden_layers * 2 * config.num_key_value_heads * size * width * dtype.itemsize
-
-    def blocks_for(self, positions: int) -> int:
-        return -(-positions // self.size)
-
-    def take(self, count: int) -> list[int]:
-        """So many blocks, the lowest that are free; they must have been reserved."""
-        if count > len(self.free):
-            self._grow(count - len(self.free))
-        self.used += count
-        return [heapq.heappop(self.free) for _ in range(count)]
-
-    def give_back(self, blocks: Sequence[int]) -> None:
-        self.used -= len(blocks)
-        for block in blocks:
-            heapq.heappush(self.free, block)
-
-    def trim(self) -> None:
-        """Back to the size at the start; only when no block is in use."""
-        assert self.used == 0
-        if not self.fixed:
-            self._allocate(min(self.limit, 64))
-
-    def _allocate(self, blocks: int) -> None:
-        layers, two, heads, size, width = self.shape
-        self.keep(torch.zeros(layers, two, blocks + 1, heads, size, width, dtype=self.dtype, device=self.device))
-        self.images = torch.zeros(blocks + 1, size, dtype=torch.bool, device=self.device)
-        self.free = list(range(1, blocks + 1))
-
-    def _grow(self, more: int) -> None:
-        old = self.storage.shape[2]
-        new = min(self.limit + 1, max(2 * old, old + more))
-        assert new >= old + more, "more blocks are taken than were reserved"
-        layers, two, heads, size, width = self.shape
-        added = self.storage.new_zeros(layers, two, new - old, heads, size, width)
-        self.keep(torch.cat([self.storage, added], dim=2))
-        self.images = torch.cat([self.images, self.images.new_zeros(new - old, size)])
-        for block in range(old, new):
-            heapq.heappush(self.free, block)
-
-    def keep(self, storage: torch.Tensor) -> None:
-        self.storage = storage  # [layers, 2, blocks, heads, size, width]
-        self.layers = [(layer[0], layer[1]) for layer in storage]
-        if self.fixed:
-            for keys, values in self.layers:  # CUDA graphs may write to them where they are
-                torch._dynamo.mark_static_address(keys)
-                torch._dynamo.mark_static_address(values)
-
-    def drop_positions(self, blocks: list[int], kept: torch.Tensor) -> list[int]:
-        """Keep only some positions of an owner's blocks, in order, and give back the blocks that become free.
-
-        Args:
-            kept: indices into the owner's positions.
-
-        Returns:
-            The blocks that now hold them.
-        """
-        layers, two, heads, size, width = self.shape
-        index = torch.tensor(blocks, device=self.device)
-        held = self.storage[:, :, index].transpose(2, 3).reshape(layers, two, heads, -1, width)[..., kept, :]
-        stay = blocks[: self.blocks_for(len(kept))]
-        held = F.pad(held, (0, 0, 0, len(stay) * size - len(kept)))
-        index = torch.tensor(stay, device=self.device)
-        self.storage[:, :, index] = held.reshape(layers, two, heads, len(stay), size, width).transpose(2, 3)
-        self.images[index] = False
-        self.give_back(blocks[len(stay) :])
-        return stay
 
 
 @dataclass
@@ -283,7 +190,7 @@ def _attend(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float,
-    paged: Prefill | Step,
+    paged: Prefill | Step | NativeStep,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention implementation of transformers, chosen by name; `paged` comes through the model's keywords."""
@@ -293,7 +200,9 @@ def _attend(
 AttentionInterface.register(PAGED, _attend)
 
 
-def run_paged(vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: Prefill | Step) -> torch.Tensor:
+def run_paged(
+    vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: Prefill | Step | NativeStep
+) -> torch.Tensor:
     """The decoder over [B, T, D] inputs at [3, B, T] positions, with its keys and values in the pool → [B, T, D]."""
     config = vlm.language_model.config
     usual, config._attn_implementation = config._attn_implementation, PAGED

@@ -86,6 +86,8 @@ class EngineConfig:
         image_cache: picture features that are kept for prompts to come, in patches.
         look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
             a look. None: each step on a CPU, every 8 elsewhere.
+        native: on a CPU, in float32 and where a C compiler is found, attend by a small C kernel, compiled on first use
+            (a second) and kept in `~/.cache/mirage-vlm`; otherwise by torch's operations.
         compile: compile the decode step with `torch.compile`, half a minute or so for each of a few kinds of step. On
             CUDA it is then replayed as a CUDA graph: rows, blocks and tables are padded to powers of two, so that
             there are few shapes, and all the memory of the cache is taken at once.
@@ -98,6 +100,7 @@ class EngineConfig:
     prefill_tokens: int = 16384
     image_cache: int = 16384
     look_every: int | None = None
+    native: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:

@@ -16,9 +16,11 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from mirage_vlm.decoding.blocks import NOBODY, BlockPool, Step, run_paged
+from mirage_vlm.decoding import native
+from mirage_vlm.decoding.blocks import run_paged
 from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
-from mirage_vlm.decoding.plan import Plan, make_plan
+from mirage_vlm.decoding.plan import NativePlan, Plan, make_native_plan, make_plan
+from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
 from mirage_vlm.decoding.response import Event, Response
 from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
@@ -65,8 +67,9 @@ class Engine:
         self.stops = torch.tensor(sorted(vlm.stop_ids()), device=self.device)
         self._requests, self._responses = count(), count()
         self._cancelled: set[int] = set()
-        self._plan: Plan | None = None
+        self._plan: Plan | NativePlan | None = None
         self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
+        self._native = config.native and native.usable(self.pool)
         self._decode = _compiled(self.device.type) if config.compile else run_paged
 
     # -- what users call ---------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ class Engine:
             steps.append(_Logged(*chooser(rows), inputs if kept else None, consumed=True))
         return self._look(self.active, rows, steps)
 
-    def _planned(self) -> Plan:
+    def _planned(self) -> Plan | NativePlan:
         """Give rows the blocks they will write to before the next look."""
         for response in self.active:
             ahead = min(len(response.tokens) - 1 + self.look_every, response.config.max_new_tokens)
@@ -205,11 +208,13 @@ class Engine:
                 response.blocks += self.pool.take(missing)
                 self._plan = None
         if self._plan is None:
-            storage = self.pool.storage.shape[2]
-            self._plan = make_plan(self.active, self.pool.size, storage, self.device, self._static)
+            if self._native:
+                self._plan = make_native_plan(self.active)
+            else:
+                self._plan = make_plan(self.active, self.pool.size, self.pool.blocks, self.device, self._static)
         return self._plan
 
-    def _consume(self, rows: Rows, plan: Plan) -> torch.Tensor:
+    def _consume(self, rows: Rows, plan: Plan | NativePlan) -> torch.Tensor:
         """Run the decoder over the newest token or latent of each live row; returns its inputs [B, D]."""
         live = rows.status == LIVE
         rows.length = rows.length + live
@@ -227,8 +232,8 @@ class Engine:
         block = torch.where(live, block, NOBODY)
         idle = (1 << (len(rows) - 1).bit_length()) - len(rows) if self._static else 0
         block, offset, position = (F.pad(t, (0, idle)) for t in (block, rows.length % self.pool.size, rows.position))
-        step = Step(self.pool, plan.regions, F.pad(plan.table, (0, 0, 0, idle)), block, offset)
-        step.mask(rows.length, rows.evicted if any(r.config.evict_images for r in self.active) else None)
+        evicted = rows.evicted if any(r.config.evict_images for r in self.active) else None
+        step = plan.step(self.pool, block, offset, rows.length, evicted)
         padded = F.pad(inputs, (0, 0, 0, idle)).unsqueeze(1)
         hidden = self._decode(self.vlm, padded, position.expand(3, -1).unsqueeze(-1), step)
         rows.hidden = hidden[: len(rows), 0].clone()  # the memory of a graph's result is used again by the next one

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from mirage_vlm.decoding.blocks import Region
+from mirage_vlm.decoding.blocks import Region, Step
+from mirage_vlm.decoding.native import NativeStep
+from mirage_vlm.decoding.pool import BlockPool
 
 if TYPE_CHECKING:
     from mirage_vlm.decoding.response import Response
@@ -27,6 +30,66 @@ class Plan:
     regions: tuple[Region, ...]
     table: torch.Tensor
     own: torch.Tensor
+
+    def step(
+        self,
+        pool: BlockPool,
+        block: torch.Tensor,
+        offset: torch.Tensor,
+        length: torch.Tensor,
+        evicted: torch.Tensor | None,
+    ) -> Step:
+        """What attention needs for one position of every row.
+
+        Args:
+            block, offset: [rows, idle ones included] where the new positions go.
+            length: [B] index of the new position in each response.
+            evicted: [B] rows that no longer see the prompt's pictures; None where there is none.
+        """
+        step = Step(pool, self.regions, F.pad(self.table, (0, 0, 0, len(block) - len(length))), block, offset)
+        step.mask(length, evicted)
+        return step
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """The same for the kernel of `mirage_vlm.decoding.native`, whose tables are simpler.
+
+    Attributes:
+        table: [B, most] the blocks of each row, its own in order and then its prompt's.
+        own: [B, most] its own alone; [B] `counts` of them, and [B] `shared` positions of its prompt.
+    """
+
+    table: torch.Tensor
+    own: torch.Tensor
+    counts: torch.Tensor
+    shared: torch.Tensor
+
+    def step(
+        self,
+        pool: BlockPool,
+        block: torch.Tensor,
+        offset: torch.Tensor,
+        length: torch.Tensor,
+        evicted: torch.Tensor | None,
+    ) -> NativeStep:
+        """As `Plan.step`; there are no idle rows."""
+        hidden = None if evicted is None else pool.images
+        return NativeStep(
+            pool, self.table, self.counts, length.clamp(min=0), self.shared, block, offset, hidden, evicted
+        )
+
+
+def make_native_plan(responses: Sequence[Response]) -> NativePlan:
+    """Lay out the blocks of all rows for the kernel."""
+    table = torch.zeros(len(responses), max(len(r.blocks) + len(r.prompt.blocks) for r in responses), dtype=torch.long)
+    own = torch.zeros(len(responses), max(1, *(len(r.blocks) for r in responses)), dtype=torch.long)
+    for row, response in enumerate(responses):
+        blocks = torch.tensor([*response.blocks, *response.prompt.blocks])
+        table[row, : len(blocks)] = blocks
+        own[row, : len(response.blocks)] = blocks[: len(response.blocks)]
+    counts = torch.tensor([len(response.blocks) for response in responses])
+    return NativePlan(table, own, counts, torch.tensor([len(response.prompt.ids) for response in responses]))
 
 
 def make_plan(responses: Sequence[Response], size: int, storage: int, device: torch.device, padded: bool) -> Plan:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mirage_vlm.decoding.blocks import NOBODY, BlockPool, Prefill, run_paged
+from mirage_vlm.decoding.blocks import Prefill, run_paged
+from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.modeling.encoding import Pictures
 from mirage_vlm.trajectory import Trajectory
 

@@ -7,7 +7,7 @@ the limits are decided here, without asking the host.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
     latent, device, width = vlm.config, vlm.device, vlm.width
     configs = [response.config for response in wave]
 
-    def numbers(values: list[int], dtype: torch.dtype = torch.long) -> torch.Tensor:
+    def numbers(values: Sequence[Any], dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     def reals(values: list[float]) -> torch.Tensor:

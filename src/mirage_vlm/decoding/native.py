@@ -1,0 +1,188 @@
+"""Paged attention on the CPU by a small C kernel, compiled on first use where a C compiler is found.
+
+torch has no attention over a paged cache for the CPU, and what `blocks` composes of its operations passes over
+memory several times. The kernel, `attend.c`, reads each key and value once. Without a compiler, in other dtypes and
+on other devices the engine uses torch's operations; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from mirage_vlm.decoding.pool import BlockPool
+
+SOURCE = Path(__file__).with_name("attend.c")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+LARGEST = 512  # of a block and of a head, as in the source
+
+
+class _Arguments(ctypes.Structure):
+    """`Step` of the source."""
+
+    _fields_ = [(f"p{i}", ctypes.c_void_p) for i in range(14)] + [(f"n{i}", ctypes.c_int64) for i in range(6)]
+
+
+def compiler() -> str | None:
+    """The C compiler of this machine: `$CC`, or the first of the usual ones."""
+    return os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The kernel, or None where it cannot be built: a warning then says why."""
+    name = compiler()
+    if name is None:
+        return None
+    mark = "\n".join((SOURCE.read_text(), name, *FLAGS, platform.machine(), platform.node()))
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = root / "mirage-vlm" / f"attend-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.so"
+    try:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                built = Path(scratch) / target.name
+                command = [name, *FLAGS, str(SOURCE), "-o", str(built), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+                built.replace(target)
+        kernel = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError) as fault:
+        said = getattr(fault, "stderr", None) or str(fault)
+        logging.getLogger(__name__).warning(
+            "the attention kernel could not be built with %s; torch's operations are used: %s", name, said.strip()
+        )
+        return None
+    kernel.mirage_attend.argtypes = [ctypes.POINTER(_Arguments), ctypes.c_int]
+    kernel.mirage_attend.restype = None
+    return kernel
+
+
+def usable(pool: BlockPool) -> bool:
+    """Whether the kernel can attend over this pool."""
+    *_, size, width = pool.shape
+    fits = width % 8 == 0 and pool.device.type == "cpu" and pool.dtype == torch.float32 and max(size, width) <= LARGEST
+    return fits and load() is not None
+
+
+@dataclass
+class NativeStep:
+    """One position of every row, by the kernel; takes the place of `blocks.Step`.
+
+    Attributes: see `attend`.
+    """
+
+    pool: BlockPool
+    table: torch.Tensor
+    own: torch.Tensor
+    length: torch.Tensor
+    shared: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
+    hidden: torch.Tensor | None
+    evicted: torch.Tensor | None
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
+        rows, heads, _, width = query.shape
+        groups = key.shape[1]
+        asked = query.reshape(rows, groups, heads // groups, width) * (scaling * math.log2(math.e))
+        run = attend if torch.compiler.is_compiling() else attend_now
+        found = run(
+            asked,
+            key[:, :, 0],
+            value[:, :, 0],
+            *self.pool.layers[layer],
+            self.table,
+            self.own,
+            self.length,
+            self.shared,
+            self.block,
+            self.offset,
+            self.hidden,
+            self.evicted,
+        )
+        return found.view(rows, 1, heads, width)
+
+
+@torch.library.custom_op("mirage::attend", mutates_args=("keys", "values"))
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    own: torch.Tensor,
+    length: torch.Tensor,
+    shared: torch.Tensor,
+    block: torch.Tensor,
+    offset: torch.Tensor,
+    hidden: torch.Tensor | None,
+    evicted: torch.Tensor | None,
+) -> torch.Tensor:
+    """One new position of each row over the pool.
+
+    Args:
+        query: [B, K, G, d] scaled for base 2.
+        key, value: [B, K, d] of the new positions; written to the pool first.
+        keys, values: [blocks, K, size, d].
+        table: [B, M] each row's blocks, its own in order and then its prompt's.
+        own: [B] how many of them are its own.
+        length: [B] index of the new position in the response.
+        shared: [B] positions of the prompt.
+        block, offset: [B] where the new position goes.
+        hidden: [blocks, size] positions that the rows of `evicted` [B] do not see; None where all see everything.
+
+    Returns:
+        [B, K, G, d].
+    """
+    return attend_now(query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
+
+
+@attend.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def attend_now(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    own: torch.Tensor,
+    length: torch.Tensor,
+    shared: torch.Tensor,
+    block: torch.Tensor,
+    offset: torch.Tensor,
+    hidden: torch.Tensor | None,
+    evicted: torch.Tensor | None,
+) -> torch.Tensor:
+    """`attend` without the way through torch's dispatcher, for eager decoding."""
+    kernel = load()
+    assert kernel is not None
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    found = torch.empty_like(query)
+    tensors = (found, query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    arguments = _Arguments(*pointers, *query.shape, keys.shape[2], table.shape[1])
+    # waking threads costs more than a few rows do
+    kernel.mirage_attend(ctypes.byref(arguments), 1 if table.numel() < 32 else torch.get_num_threads())
+    return found
