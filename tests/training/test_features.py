@@ -279,14 +279,14 @@ def work(folder, tower, pixels, grids, start, report) -> None:
 def test_two_processes_share_a_folder(frozen, tmp_path):
     context = multiprocessing.get_context("fork")
     pixels, grids = torch.rand(4 * 150, 1176), torch.tensor([[1, 2, 2]] * 150)
-    start, report = context.Barrier(2), context.Queue()
+    start, report = context.Barrier(2, timeout=20), context.Queue()
     arguments = (tmp_path, frozen.vision_tower, pixels, grids, start, report)
-    both = [context.Process(target=work, args=arguments) for _ in range(2)]
+    both = [context.Process(target=work, args=arguments, daemon=True) for _ in range(2)]
     for process in both:
         process.start()
-    reports = [report.get(timeout=60) for _ in both]
+    reports = [report.get(timeout=40) for _ in both]
     for process in both:
-        process.join(timeout=60)
+        process.join(timeout=20)
     assert [(wrong, faults) for _, wrong, faults in reports] == [(0, [])] * 2
     assert sum(computed for computed, _, _ in reports) >= 150
     kept = files(tmp_path)
