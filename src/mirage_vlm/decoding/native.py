@@ -82,7 +82,13 @@ def usable(pool: BlockPool) -> bool:
 class NativeStep:
     """One position of every row, by the kernel; takes the place of `blocks.Step`.
 
-    Attributes: see `attend`.
+    Attributes:
+        table: [B, M] each row's blocks, its own in order and then its prompt's.
+        own: [B] how many of them are its own.
+        length: [B] index of the new position in the response.
+        shared: [B] positions of the prompt.
+        block, offset: [B] where the new position is written.
+        hidden: [blocks, size] positions that the rows of `evicted` [B] do not see; both None where all see everything.
     """
 
     pool: BlockPool
@@ -99,90 +105,19 @@ class NativeStep:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
+        kernel = load()
+        assert kernel is not None
         rows, heads, _, width = query.shape
         groups = key.shape[1]
-        asked = query.reshape(rows, groups, heads // groups, width) * (scaling * math.log2(math.e))
-        run = attend if torch.compiler.is_compiling() else attend_now
-        found = run(
-            asked,
-            key[:, :, 0],
-            value[:, :, 0],
-            *self.pool.layers[layer],
-            self.table,
-            self.own,
-            self.length,
-            self.shared,
-            self.block,
-            self.offset,
-            self.hidden,
-            self.evicted,
+        query = (query * (scaling * math.log2(math.e))).contiguous()  # query head h reads key head h // (H / K)
+        key, value = key.contiguous(), value.contiguous()
+        found = torch.empty(rows, 1, heads, width)
+        tensors = (
+            *(found, query, key, value, *self.pool.layers[layer], self.table, self.own, self.length, self.shared),
+            *(self.block, self.offset, self.hidden, self.evicted),
         )
-        return found.view(rows, 1, heads, width)
-
-
-@torch.library.custom_op("mirage::attend", mutates_args=("keys", "values"))
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    own: torch.Tensor,
-    length: torch.Tensor,
-    shared: torch.Tensor,
-    block: torch.Tensor,
-    offset: torch.Tensor,
-    hidden: torch.Tensor | None,
-    evicted: torch.Tensor | None,
-) -> torch.Tensor:
-    """One new position of each row over the pool.
-
-    Args:
-        query: [B, K, G, d] scaled for base 2.
-        key, value: [B, K, d] of the new positions; written to the pool first.
-        keys, values: [blocks, K, size, d].
-        table: [B, M] each row's blocks, its own in order and then its prompt's.
-        own: [B] how many of them are its own.
-        length: [B] index of the new position in the response.
-        shared: [B] positions of the prompt.
-        block, offset: [B] where the new position goes.
-        hidden: [blocks, size] positions that the rows of `evicted` [B] do not see; None where all see everything.
-
-    Returns:
-        [B, K, G, d].
-    """
-    return attend_now(query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
-
-
-@attend.register_fake
-def _(query: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-def attend_now(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    own: torch.Tensor,
-    length: torch.Tensor,
-    shared: torch.Tensor,
-    block: torch.Tensor,
-    offset: torch.Tensor,
-    hidden: torch.Tensor | None,
-    evicted: torch.Tensor | None,
-) -> torch.Tensor:
-    """`attend` without the way through torch's dispatcher, for eager decoding."""
-    kernel = load()
-    assert kernel is not None
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    found = torch.empty_like(query)
-    tensors = (found, query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    arguments = _Arguments(*pointers, *query.shape, keys.shape[2], table.shape[1])
-    # waking threads costs more than a few rows do
-    kernel.mirage_attend(ctypes.byref(arguments), 1 if table.numel() < 32 else torch.get_num_threads())
-    return found
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        sizes = (rows, groups, heads // groups, width, self.pool.size, self.table.shape[1])
+        few = self.table.numel() < 32  # waking threads would cost more than the work
+        kernel.mirage_attend(ctypes.byref(_Arguments(*pointers, *sizes)), 1 if few else torch.get_num_threads())
+        return found
