@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+BENCH ?= all --out runs/bench.json
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint format clean
+.PHONY: help setup demo test slow bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ test: $(STAMP)  ## run the tests, without the slow ones
 slow: $(STAMP)  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \
 		[ $$status -eq 5 ] || exit $$status; echo "No slow tests yet."; }
+
+bench: $(STAMP)  ## measure speed, half an hour; BENCH='decode --quick' says what instead of everything
+	@$(BIN)/mirage bench $(BENCH)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

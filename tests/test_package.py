@@ -31,6 +31,7 @@ FLOORS = {
     "training": 3,
     "decoding": 3,
     "evaluation": 4,
+    "benchmarks": 4,
     "serving": 4,
     "cli": 5,
     "__main__": 5,

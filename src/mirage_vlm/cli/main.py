@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import data, evaluate, solve, train
+from mirage_vlm.cli import bench, data, evaluate, solve, train
 from mirage_vlm.errors import MirageError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command()(solve.demo)
 app.command()(solve.solve)
 app.command("eval")(evaluate.evaluate)
 app.command()(train.train)
+app.command()(bench.bench)
 app.add_typer(data.app)
 
 

@@ -1,0 +1,1 @@
+"""Floor 4: the benchmarks behind `mirage bench`. What each measures is told in `benchmarks/README.md`."""

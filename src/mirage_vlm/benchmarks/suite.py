@@ -1,0 +1,129 @@
+"""All benchmarks by name, and what `mirage bench` may ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirage_vlm.benchmarks import decode, gpu, scaling, train
+from mirage_vlm.benchmarks.harness import Beginning, Result, Tell, as_json
+from mirage_vlm.errors import MirageError
+
+NAMES = ("decode", "train", "scaling", "gpu")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for; None leaves it to the benchmark.
+
+    Attributes:
+        quick: a form that shows in a minute or two that everything works; its times mean nothing.
+        new_tokens: positions of each response (`decode`).
+        repetitions: rounds that are timed.
+        compiled: also measure with a compiled decode step (`decode`, `gpu`).
+    """
+
+    quick: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    new_tokens: int | None = None
+    repetitions: int | None = None
+    compiled: bool | None = None
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            MirageError: an option is out of range, or none of the benchmarks knows it.
+        """
+        for option, least in (("new_tokens", 2), ("repetitions", 1)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise MirageError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
+        if self.new_tokens is not None and "decode" not in names:
+            raise MirageError("--new-tokens is an option of the decode benchmark alone")
+        if self.compiled is not None and not {"decode", "gpu"} & set(names):
+            raise MirageError("--compile is an option of the decode and gpu benchmarks alone")
+        for name in names:
+            self.device_of(name)
+            if name == "gpu":
+                gpu.check_device(self._gpu())
+
+    def device_of(self, name: str) -> torch.device:
+        """The device that a benchmark runs on.
+
+        Raises:
+            MirageError: torch doesn't know it.
+        """
+        wanted = self.device or ("cuda" if name == "gpu" else "cpu")
+        try:
+            device = torch.device(wanted)
+        except RuntimeError as fault:
+            raise MirageError(f"torch knows no device {wanted!r}; use cpu or cuda") from fault
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise MirageError(f"{name}: torch finds no CUDA device here")
+        return device
+
+    def run(self, name: str, tell: Tell, trace: Path | None) -> Result:
+        """Run one benchmark.
+
+        Args:
+            trace: where its JSON will be; profiles go beside it.
+        """
+        run: Callable[..., Result]
+        if name == "decode":
+            return decode.run(self._decode(), tell)
+        if name == "gpu":
+            return gpu.run(self._gpu(), tell, trace)
+        module: Any = {"train": train, "scaling": scaling}[name]
+        made = module.TrainSettings if name == "train" else module.ScalingSettings
+        settings, run = made.quick() if self.quick else made(), module.run
+        return run(replace(settings, **self._given("device", "dtype", "repetitions")), tell)
+
+    def _decode(self) -> decode.DecodeSettings:
+        settings = decode.DecodeSettings.quick() if self.quick else decode.DecodeSettings()
+        settings = replace(settings, **self._given("device", "dtype"))
+        compiled = self.compiled
+        if compiled is None:
+            compiled = not self.quick and decode.can_compile(torch.device(settings.device))
+        return replace(settings, compiled=compiled).changed(self.new_tokens, self.repetitions)
+
+    def _gpu(self) -> gpu.GpuSettings:
+        settings = replace(gpu.GpuSettings(), **self._given("device", "dtype", "repetitions"))
+        return settings if self.compiled in (None, True) else replace(settings, compiled=(False,))
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def names_of(asked: str, options: Options) -> tuple[str, ...]:
+    """The benchmarks that are meant by a name, `all` among them: `gpu` only where there is one, and never quick."""
+    if asked != "all":
+        return (asked,)
+    on_gpu = torch.cuda.is_available() and not options.quick and options.device != "cpu"
+    return NAMES if on_gpu else NAMES[:-1]
+
+
+def measure(name: str, options: Options, command: str, tell: Tell, out: Path | None) -> tuple[Result, dict[str, Any]]:
+    """Run one benchmark: what it found, and its JSON."""
+    begun = Beginning.now()
+    result = options.run(name, tell, out)
+    device = options.device_of(name)
+    return result, as_json(result, quick=options.quick, command=command, device=device, begun=begun)
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One JSON of several: their ratios in one flat object, and each whole by its name."""
+    first = parts[0]
+    return {
+        "benchmark": "all",
+        **{key: first[key] for key in ("quick", "command", "date")},
+        "seconds": round(sum(part["seconds"] for part in parts), 1),
+        **{key: first[key] for key in ("machine", "versions")},
+        "ratios": {name: value for part in parts for name, value in part["ratios"].items()},
+        "benchmarks": {part["benchmark"]: part for part in parts},
+    }
