@@ -65,6 +65,8 @@ class Engine:
         self.active: list[Response] = []
         self.rows: Rows | None = None
         self.stops = torch.tensor(sorted(vlm.stop_ids()), device=self.device)
+        latent = vlm.config
+        self.banned = torch.tensor([latent.pad_id, latent.end_id, vlm.family.image_token_id], device=self.device)
         self._requests, self._responses = count(), count()
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
@@ -202,7 +204,9 @@ class Engine:
     def _planned(self) -> Plan | NativePlan:
         """Give rows the blocks they will write to before the next look."""
         for response in self.active:
-            ahead = min(len(response.tokens) - 1 + self.look_every, response.config.max_new_tokens)
+            ahead = response.config.max_new_tokens
+            if not self._native:  # which reads nothing of blocks that are still empty
+                ahead = min(ahead, len(response.tokens) - 1 + self.look_every)
             missing = self.pool.blocks_for(ahead) - len(response.blocks)
             if missing > 0:
                 response.blocks += self.pool.take(missing)
@@ -230,13 +234,16 @@ class Engine:
         place = torch.div(rows.length, self.pool.size, rounding_mode="floor").clamp(max=plan.own.shape[1] - 1)
         block = plan.own.gather(1, place.unsqueeze(1)).squeeze(1)
         block = torch.where(live, block, NOBODY)
-        idle = (1 << (len(rows) - 1).bit_length()) - len(rows) if self._static else 0
-        block, offset, position = (F.pad(t, (0, idle)) for t in (block, rows.length % self.pool.size, rows.position))
+        offset, position, padded = rows.length % self.pool.size, rows.position, inputs
+        if self._static:
+            idle = (1 << (len(rows) - 1).bit_length()) - len(rows)
+            block, offset, position = (F.pad(tensor, (0, idle)) for tensor in (block, offset, position))
+            padded = F.pad(inputs, (0, 0, 0, idle))
         evicted = rows.evicted if any(r.config.evict_images for r in self.active) else None
         step = plan.step(self.pool, block, offset, rows.length, evicted)
-        padded = F.pad(inputs, (0, 0, 0, idle)).unsqueeze(1)
-        hidden = self._decode(self.vlm, padded, position.expand(3, -1).unsqueeze(-1), step)
-        rows.hidden = hidden[: len(rows), 0].clone()  # the memory of a graph's result is used again by the next one
+        hidden = self._decode(self.vlm, padded.unsqueeze(1), position.expand(3, -1).unsqueeze(-1), step)[:, 0]
+        # the memory of a graph's result is used again by the next one
+        rows.hidden = hidden[: len(rows)].clone() if self._static else hidden
         return inputs
 
     def _hooked(self, inputs: torch.Tensor, thinking: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -256,7 +263,9 @@ class Engine:
         return Chooser(
             self.vlm,
             self.stops,
+            self.banned,
             pack=self.device.type == "cpu",
+            limited=any(c.max_spans is not None or c.max_latents is not None for c in configs),
             learned=any((c.stop_rule or self.vlm.config.stop_rule) == "learned" for c in configs),
             sampled=any(c.temperature > 0 for c in configs),
             restricted=any(c.top_k > 0 or c.top_p < 1 for c in configs),

@@ -57,7 +57,7 @@ class NativePlan:
 
     Attributes:
         table: [B, most] the blocks of each row, its own in order and then its prompt's.
-        own: [B, most] its own alone; [B] `counts` of them, and [B] `shared` positions of its prompt.
+        own: [B, most] its own alone; `counts` [B] of them, and `shared` [B] positions of its prompt.
     """
 
     table: torch.Tensor
@@ -75,21 +75,20 @@ class NativePlan:
     ) -> NativeStep:
         """As `Plan.step`; there are no idle rows."""
         hidden = None if evicted is None else pool.images
-        return NativeStep(
-            pool, self.table, self.counts, length.clamp(min=0), self.shared, block, offset, hidden, evicted
-        )
+        return NativeStep(pool, self.table, self.counts, length, self.shared, block, offset, hidden, evicted)
 
 
 def make_native_plan(responses: Sequence[Response]) -> NativePlan:
     """Lay out the blocks of all rows for the kernel."""
-    table = torch.zeros(len(responses), max(len(r.blocks) + len(r.prompt.blocks) for r in responses), dtype=torch.long)
-    own = torch.zeros(len(responses), max(1, *(len(r.blocks) for r in responses)), dtype=torch.long)
+    table = np.zeros((len(responses), max(len(r.blocks) + len(r.prompt.blocks) for r in responses)), dtype=np.int64)
+    own = np.zeros((len(responses), max(1, *(len(r.blocks) for r in responses))), dtype=np.int64)
+    counts = np.zeros((2, len(responses)), dtype=np.int64)
     for row, response in enumerate(responses):
-        blocks = torch.tensor([*response.blocks, *response.prompt.blocks])
-        table[row, : len(blocks)] = blocks
-        own[row, : len(response.blocks)] = blocks[: len(response.blocks)]
-    counts = torch.tensor([len(response.blocks) for response in responses])
-    return NativePlan(table, own, counts, torch.tensor([len(response.prompt.ids) for response in responses]))
+        mine, read = response.blocks, response.prompt.blocks
+        own[row, : len(mine)] = table[row, : len(mine)] = mine
+        table[row, len(mine) : len(mine) + len(read)] = read
+        counts[:, row] = len(mine), len(response.prompt.ids)
+    return NativePlan(*map(torch.from_numpy, (table, own, counts[0], counts[1])))
 
 
 def make_plan(responses: Sequence[Response], size: int, storage: int, device: torch.device, padded: bool) -> Plan:

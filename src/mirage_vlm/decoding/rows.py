@@ -158,13 +158,15 @@ def _given(replay: Trajectory | None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses the next token of every row. Marks of spans, and of pictures, cannot be said as words.
+    """Chooses the next token of every row.
 
     Attributes:
         vlm: whose tokens and LM head.
         stops: [S] tokens that end a response.
+        banned: [3] tokens that cannot be chosen as words: a latent, the end of a span, a picture's patch.
         pack: run the LM head only for rows that have a choice. That asks the device which they are, so it is for the
             CPU; elsewhere the head runs for all rows, and those in a span take no notice of it.
+        limited: some row has a limit of spans or latents.
         learned: some row closes its spans by choice.
         sampled: some row has a temperature.
         restricted: some row has a top-k or top-p.
@@ -173,7 +175,9 @@ class Chooser:
 
     vlm: LatentVLM
     stops: torch.Tensor
+    banned: torch.Tensor
     pack: bool
+    limited: bool
     learned: bool
     sampled: bool
     restricted: bool
@@ -191,7 +195,9 @@ class Chooser:
         live = rows.status == LIVE
         inside = rows.thought >= 0
         text = live & ~inside
-        more = (rows.thought < rows.k) & (rows.latents < rows.max_latents)  # the span may go on
+        more = rows.thought < rows.k  # the span may go on
+        if self.limited:
+            more &= rows.latents < rows.max_latents
         asks = inside & rows.learned & (rows.thought > 0) & more if self.learned else None
         forced = self._forced(rows) if rows.forced.shape[1] else None
         token, chance = self._by_model(rows, text, asks, forced)
@@ -199,7 +205,8 @@ class Chooser:
         if forced is not None:
             token = torch.where(forced >= 0, forced, token)
 
-        stopped = live & torch.isin(token, self.stops)
+        ends = token == self.stops if len(self.stops) == 1 else torch.isin(token, self.stops)
+        stopped = live & ends
         live = live & ~stopped
         last = rows.written + 1 == rows.max_tokens
         kept = live & ~(last & (token == pad))  # that latent would never be consumed, so it is not written
@@ -253,11 +260,11 @@ class Chooser:
         logits = self.vlm.logits(rows.hidden).float()  # [n, V]
         if self.sampled:
             logits = logits / torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
-        needed = torch.where(rows.learned, 1, rows.k)
-        shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
-        choice = logits.clone()
-        choice[:, pad] = choice[:, end] = choice[:, self.vlm.family.image_token_id] = -torch.inf
-        choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
+        choice = logits.index_fill(1, self.banned, -torch.inf)
+        if self.limited:
+            needed = torch.where(rows.learned, 1, rows.k)
+            shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
+            choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
         found = choice.argmax(dim=-1)
         if self.sampled:
             if self.restricted:
