@@ -24,6 +24,12 @@ from mirage_vlm.training.rollout import Batch
 WITHIN = 1e-5
 
 
+def uneven() -> list:
+    """Rows with 0, 1, 2 spans and pictures, so ordered that packing has to put one with a picture before another."""
+    rows = ragged()
+    return [rows[i] for i in (0, 4, 2, 3, 1)]
+
+
 ONE_ROW = -1
 
 
@@ -90,7 +96,7 @@ def test_what_comes_first_stays_first():
 
 @pytest.mark.parametrize("width", [1, 90, 120, ONE_ROW])
 def test_every_example_is_found_again_in_the_packed_rows(tiny, width):
-    trajectories = ragged()
+    trajectories = uneven()
     batch = packed(tiny, trajectories, width)
     encoded = [tiny.encoder.example(t) for t in trajectories]
     found = []
@@ -114,20 +120,21 @@ def test_every_example_is_found_again_in_the_packed_rows(tiny, width):
 
 
 def test_the_layouts_of_these_tests_differ(tiny):
-    layouts = {width: layout(tiny, ragged(), width) for width in (1, 90, 120, ONE_ROW)}
+    layouts = {width: layout(tiny, uneven(), width) for width in (1, 90, 120, ONE_ROW)}
     assert [len(rows) for rows in layouts.values()] == [5, 3, 2, 1], layouts
+    assert arrange([len(tiny.encoder.example(t).input_ids) for t in uneven()], 120) == [[0, 2], [1, 3, 4]]
 
 
 def test_packing_saves_tokens(tiny):
-    unpacked = batch_of(tiny, ragged())
-    batch = packed(tiny, ragged(), 90)
+    unpacked = batch_of(tiny, uneven())
+    batch = packed(tiny, uneven(), 90)
     assert batch.input_ids.numel() < unpacked.input_ids.numel()
     assert int(batch.attention_mask.sum()) == int(unpacked.attention_mask.sum())
 
 
 def test_the_first_token_is_never_asked_for(tiny):
     """It would be predicted from the last token of another example."""
-    encoded = [tiny.encoder.example(t) for t in ragged()]
+    encoded = [tiny.encoder.example(t) for t in uneven()]
     careless = [replace(e, labels=e.input_ids.clone()) for e in encoded]
     batch = collate(careless, tiny.encoder, pack=400)
     segments, labels = batch["segments"], batch["labels"]
@@ -156,15 +163,15 @@ def check(vlm: LatentVLM, trajectories: list, width: int) -> None:
     assert max(apart.values()) < WITHIN, f"gradients: {apart}"
 
 
-def test_the_ragged_examples_are_ragged():
-    assert {len(t.spans) for t in ragged()} == {0, 1, 2} == {len(list(t.images())) for t in ragged()}
+def test_the_ragged_examples_are_uneven():
+    assert {len(t.spans) for t in uneven()} == {0, 1, 2} == {len(list(t.images())) for t in uneven()}
 
 
 @pytest.mark.parametrize("width", [1, 90, 120, ONE_ROW])
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_the_loss_is_that_of_the_examples_alone(fresh, attn, width):
     fresh.model.set_attn_implementation(attn)
-    check(fresh, ragged(), width)
+    check(fresh, uneven(), width)
 
 
 def test_text_alone_packs_too(fresh):
@@ -178,7 +185,7 @@ def test_text_alone_packs_too(fresh):
 def test_gradient_checkpointing(fresh):
     fresh.train()
     fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
-    check(fresh, ragged(), 90)
+    check(fresh, uneven(), 90)
 
 
 def slow_varlen(module, query, key, value, attention_mask, scaling=None, **told):
@@ -199,7 +206,7 @@ def slow_varlen(module, query, key, value, attention_mask, scaling=None, **told)
 def test_flash_attention_is_told_the_bounds(fresh, width):
     AttentionInterface.register("slow_flash", slow_varlen)
     AttentionMaskInterface.register("slow_flash", flash_attention_mask)
-    batch = packed(fresh, ragged(), width)
+    batch = packed(fresh, uneven(), width)
     expected = stage1(fresh, batch)
     fresh.language_model.config._attn_implementation = "slow_flash"
     found = stage1(fresh, batch)
@@ -208,11 +215,11 @@ def test_flash_attention_is_told_the_bounds(fresh, width):
 
 
 def test_positions_are_those_of_each_example_alone(tiny):
-    batch = packed(tiny, ragged(), ONE_ROW)
+    batch = packed(tiny, uneven(), ONE_ROW)
     told = packed_attention(tiny, batch.input_ids, batch.segments, batch.grid_thw)
     assert told.keys() == {"attention_mask", "position_ids"} and told["attention_mask"] is None
     expected = []
-    for trajectory in ragged():
+    for trajectory in uneven():
         row = batch_of(tiny, [trajectory])
         text = torch.arange(row.input_ids.shape[1])[None, None]
         expected.append(torch.cat([text, tiny.positions(row.input_ids, row.attention_mask, row.grid_thw)]))
@@ -259,19 +266,19 @@ def test_a_missing_mask_is_found_out(fresh, monkeypatch):
     """Positions alone do not keep examples apart."""
     bend(fresh, monkeypatch, lambda positions: positions[1:])
     with pytest.raises(AssertionError):
-        check(fresh, ragged(), ONE_ROW)
+        check(fresh, uneven(), ONE_ROW)
 
 
 def test_positions_that_run_on_are_found_out(fresh, monkeypatch):
     """With the mask in place: a picture's plane then counts on as text does."""
     bend(fresh, monkeypatch, lambda p: torch.cat([p[:1], torch.arange(p.shape[2]).expand_as(p[1:])]))
     with pytest.raises(AssertionError):
-        check(fresh, ragged(), ONE_ROW)
+        check(fresh, uneven(), ONE_ROW)
 
 
 def test_stage2_refuses_packed_rows(tiny):
     with pytest.raises(ValueError, match="stage 2 takes one example a row"):
-        stage2(tiny, packed(tiny, ragged(), ONE_ROW))
+        stage2(tiny, packed(tiny, uneven(), ONE_ROW))
 
 
 # -- training --------------------------------------------------------------------------------------------------------

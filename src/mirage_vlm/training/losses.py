@@ -79,9 +79,13 @@ def stage1(vlm: LatentVLM, batch: Batch, *, detach_targets: bool = True) -> Stag
 def stage2(vlm: LatentVLM, batch: Batch, *, latent_iterations: int = 0) -> StageLoss:
     """Cross-entropy on the text alone; the latents are the model's own, with gradient (section 3.3).
 
+    Rows hold one example each: a rollout aligns rows by their spans, and cannot be packed.
+
     Args:
         latent_iterations: as `iterations` of `forward_own`.
     """
+    if batch.segments is not None:
+        raise ValueError("stage 2 takes one example a row; collate without pack")
     hidden, latents = forward_own(vlm, batch, latent_iterations)
     return _token_loss(vlm, batch, hidden, consumed=latents if len(latents) else None)
 
