@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mirage_vlm.errors import MirageError
+
+if TYPE_CHECKING:
+    from mirage_vlm.training.recipe import Recipe
 
 
 def train(
@@ -16,9 +21,14 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as train.max_steps=50.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Say what it takes of a card's memory, and train not.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="With --memory: tokens of a row, its pictures included.")] = 1024,
+    labels: Annotated[int, typer.Option(min=1, help="With --memory: tokens of a row that bear a label.")] = 256,
+    cards: Annotated[int, typer.Option(min=1, help="With --memory: cards that share the weights (FSDP2).")] = 1,
 ) -> None:
     """Train a model by a recipe."""
-    from mirage_vlm.errors import MirageError
     from mirage_vlm.training.recipe import load_recipe
     from mirage_vlm.training.run import train as run_recipe
     from mirage_vlm.training.shares import SharedFault
@@ -26,6 +36,9 @@ def train(
     loaded = None
     try:
         loaded = load_recipe(recipe, overrides or ())
+        if memory:
+            return _show_memory(loaded, tokens, labels, cards)
+        _check_launch()
         final = run_recipe(loaded, resume=resume)
     except MirageError as fault:  # of several processes on a machine the first speaks for all
         common = loaded is None or isinstance(fault, SharedFault)
@@ -35,3 +48,28 @@ def train(
         raise
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"the model is in {final}")
+
+
+def _show_memory(recipe: Recipe, tokens: int, labels: int, cards: int) -> None:
+    from mirage_vlm.training.memory import estimate, model_shape, sizes
+
+    if recipe.model.path is None:
+        raise MirageError("--memory plans for a model.path; a model from scratch is small enough to try")
+    model = model_shape(recipe.model.path)
+    found = sizes(model, recipe)
+    rows = f"{recipe.train.batch_size} x {tokens} tokens, {labels} of each with a label"
+    typer.echo(f"{found.total / 1e9:.2f} B parameters, {found.trained / 1e9:.3f} B of them trained; {rows}")
+    parts = estimate(model, recipe, tokens=tokens, labels=labels, cards=cards)
+    for name, size in {**parts, "together": sum(parts.values())}.items():
+        typer.echo(f"{name:28}{size / 2**30:8.1f} GiB")
+
+
+def _check_launch() -> None:
+    """`accelerate launch --cpu` sets out for several processes, but starts one; its environment tells."""
+    several = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    if several and not {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys():
+        typer.echo(
+            "warning: this is one process; accelerate launch --cpu starts no more without mpirun. For two, take "
+            "recipes/accelerate/cpu-2.yaml or torchrun --nproc_per_node 2",
+            err=True,
+        )

@@ -60,6 +60,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    # of these a process without pictures, or without spans, makes no gradient
+    sometimes = [*vlm.vision_tower.parameters(), *vlm.feedback.parameters()]
+    arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
     trainer = LatentTrainer(
         vlm,
         recipe,
@@ -158,7 +161,7 @@ def merge_adapters(vlm: LatentVLM) -> None:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """A recipe's `train` section in the Trainer's terms."""
     train = recipe.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=recipe.output_dir,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps,
@@ -183,8 +186,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         label_names=["labels"],
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,
     )
+    if arguments.n_gpu > 1:  # a single process would split rows among its cards, which pictures do not bear
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _step_of(checkpoint: str) -> int:
