@@ -17,7 +17,7 @@ from mirage_vlm.benchmarks.harness import Disagreement, Result, Runs
 from mirage_vlm.benchmarks.memory import in_process
 from mirage_vlm.benchmarks.scaling import Point, ScalingSettings
 from mirage_vlm.benchmarks.train import TrainSettings, Work
-from mirage_vlm.benchmarks.workload import Endless, endless
+from mirage_vlm.benchmarks.workload import Endless, endless, planning
 from mirage_vlm.errors import MirageError
 
 DECODE = DecodeSettings(
@@ -108,7 +108,7 @@ def test_the_ratios_of_the_full_form_are_named_as_promised():
 
 def test_decode_throughput_is_that_of_the_median(small, monkeypatch):
     """With clocks of our own: the ratio is throughput over throughput, and steps alone leave out the first token."""
-    speeds = {"memory": 1.0, "engine": 1.0, "engine_text": 2.0, "generate": 4.0, "sequential": 8.0}
+    speeds = {"memory": 1.0, "engine": 1.0, "engine_text": 1.75, "generate": 4.0, "sequential": 8.0}
 
     def fake(ways, repetitions, warmups, device, tell):
         found = {}
@@ -124,8 +124,8 @@ def test_decode_throughput_is_that_of_the_median(small, monkeypatch):
     monkeypatch.setattr(decode, "interleave", fake)
     case = replace(DECODE.cases[0], sequential=3)
     result = decode.run(replace(DECODE, cases=(case,), batches=(3,)), silent)
-    assert result.ratios["decode_b3_over_generate"] == pytest.approx(2.0), "the faster attention counts"
-    assert result.ratios["decode_steps_b3_over_generate"] == pytest.approx(2.0)
+    assert result.ratios["decode_b3_over_generate"] == pytest.approx(4 / 1.75, abs=1e-4), "the faster attention counts"
+    assert result.ratios["decode_steps_b3_over_generate"] == pytest.approx((4 - 1) / (1.75 - 0.25), abs=1e-4)
     ours, theirs = (next(f for f in result.measurements if f["way"] == way) for way in ("engine", "sequential_sdpa"))
     expected = (ours["tokens"] / 3.0) / (theirs["tokens"] / 24.0)
     assert result.ratios["decode_b3_over_sequential"] == pytest.approx(expected, abs=1e-4)
@@ -219,6 +219,15 @@ def test_scaling(small):
     found = {(m["axis"], m["value"]): m for m in result.measurements if m["of"] == "decoding"}
     assert found["spans", 2]["latents"] == 2 * 2 * 2 and found["spans", 0]["latents"] == 0
     assert found["batch", 3]["tokens"] == 3 * 12
+
+
+def test_scaling_varies_what_it_says():
+    prompts = scaling._prompts(Point(images=2, batch=3))
+    pictures = [[picture.load().tobytes() for picture in prompt.images()] for prompt in prompts]
+    assert [len(own) for own in pictures] == [2, 2, 2] and len({p for own in pictures for p in own}) == 6
+    for k in (1, 5):
+        example = scaling._with_k(planning(1, "train")[0], k)
+        assert [span.k for span in example.spans] == [k]
 
 
 def test_scaling_refuses_responses_without_their_spans(small, monkeypatch):
