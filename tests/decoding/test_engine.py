@@ -163,12 +163,12 @@ def test_shapes_padded_for_graphs_change_nothing(tiny, prompts, alone):
     assert all(n & (n - 1) == 0 or n == storage for shape in shapes for n in shape) and len(shapes) < 20
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_the_decode_step_has_no_graph_break(tiny, prompts, slots):
+@pytest.mark.parametrize(("slots", "kernel"), [(1, False), (3, False), (3, True)])
+def test_the_decode_step_has_no_graph_break(tiny, prompts, slots, kernel):
     """Compiled as one graph (without generating code for it), it decodes the same."""
     options = {"max_new_tokens": 12, "latent_size": 4, "n": slots, "temperature": 1.0}
     torch._dynamo.reset()
-    engine = Engine(tiny, EngineConfig(native=False))
+    engine = Engine(tiny, EngineConfig(native=kernel))
     engine._decode = torch.compile(blocks_module.run_paged, fullgraph=True, dynamic=True, backend="eager")
     for prompt in prompts[:6]:
         engine.submit(prompt, **options)

@@ -89,9 +89,8 @@ class EngineConfig:
         native: on a CPU, in float32 and where a C compiler is found, attend by a small C kernel, compiled on first use
             (a second) and kept in `~/.cache/mirage-vlm`; otherwise by torch's operations.
         compile: compile the decode step with `torch.compile`, which takes half a minute or so for each of a few kinds
-            of step, and leaves the kernel out. On a CPU it pays for few rows in long runs. On CUDA the step is
-            replayed as a CUDA graph: rows, blocks and tables are padded to powers of two, so that there are few
-            shapes, and all the memory of the cache is taken at once.
+            of step, and pays in long runs. On CUDA the step is replayed as a CUDA graph: rows, blocks and tables are
+            padded to powers of two, so that there are few shapes, and all the memory of the cache is taken at once.
     """
 
     max_rows: int = 64

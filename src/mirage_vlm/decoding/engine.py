@@ -71,7 +71,7 @@ class Engine:
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
         self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
-        self._native = config.native and not config.compile and native.usable(self.pool)
+        self._native = config.native and native.usable(self.pool)
         self._decode = _compiled(self.device.type) if config.compile else run_paged
 
     # -- what users call ---------------------------------------------------------------------------------------

@@ -105,19 +105,42 @@ class NativeStep:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
-        kernel = load()
-        assert kernel is not None
         rows, heads, _, width = query.shape
-        groups = key.shape[1]
-        query = (query * (scaling * math.log2(math.e))).contiguous()  # query head h reads key head h // (H / K)
-        key, value = key.contiguous(), value.contiguous()
-        found = torch.empty(rows, 1, heads, width)
-        tensors = (
-            *(found, query, key, value, *self.pool.layers[layer], self.table, self.own, self.length, self.shared),
-            *(self.block, self.offset, self.hidden, self.evicted),
-        )
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        sizes = (rows, groups, heads // groups, width, self.pool.size, self.table.shape[1])
-        few = self.table.numel() < 32  # waking threads would cost more than the work
-        kernel.mirage_attend(ctypes.byref(_Arguments(*pointers, *sizes)), 1 if few else torch.get_num_threads())
-        return found
+        groups = key.shape[1]  # query head h reads key head h // (H / K)
+        query = (query * (scaling * math.log2(math.e))).reshape(rows, groups, heads // groups, width).contiguous()
+        places = (self.table, self.own, self.length, self.shared, self.block, self.offset, self.hidden, self.evicted)
+        run = torch.ops.mirage.attend if torch.compiler.is_compiling() else _attend
+        new = (key[:, :, 0].contiguous(), value[:, :, 0].contiguous())
+        return run(query, *new, *self.pool.layers[layer], *places).view(rows, 1, heads, width)
+
+
+def _attend(
+    query: torch.Tensor,  # [B, K, G, d], scaled for base 2
+    key: torch.Tensor,  # [B, K, d]
+    value: torch.Tensor,
+    keys: torch.Tensor,  # [blocks, K, size, d]
+    values: torch.Tensor,
+    table: torch.Tensor,
+    *places: torch.Tensor | None,
+) -> torch.Tensor:
+    """Call the kernel; the arguments are those of `NativeStep`."""
+    kernel = load()
+    assert kernel is not None
+    found = torch.empty_like(query)
+    tensors = (found, query, key, value, keys, values, table, *places)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    arguments = _Arguments(*pointers, *query.shape, keys.shape[2], table.shape[1])
+    few = table.numel() < 32  # waking threads would cost more than the work
+    kernel.mirage_attend(ctypes.byref(arguments), 1 if few else torch.get_num_threads())
+    return found
+
+
+# The same as an operator of torch, for the compiled step. Defined by schema: the decorator for custom operators adds
+# about as much time to each call as the kernel takes for one row.
+_LIBRARY = torch.library.Library("mirage", "DEF")
+_LIBRARY.define(
+    "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor own, "
+    "Tensor length, Tensor shared, Tensor block, Tensor offset, Tensor? hidden, Tensor? evicted) -> Tensor"
+)
+_LIBRARY.impl("attend", _attend, "CPU")
+torch.library.register_fake("mirage::attend", lambda query, *_: torch.empty_like(query))
