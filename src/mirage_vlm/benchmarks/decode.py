@@ -66,7 +66,7 @@ class DecodeSettings:
         compiled: also measure the engine with a compiled decode step.
     """
 
-    cases: tuple[Case, ...] = (Case("bundled", None, 128, 5), Case("random", RANDOM, 32, 3, sequential=4, calls=1))
+    cases: tuple[Case, ...] = (Case("bundled", None, 256, 3), Case("random", RANDOM, 32, 3, sequential=4, calls=1))
     batches: tuple[int, ...] = (1, 8, 64)
     compiled: bool = False
     device: str = "cpu"

@@ -25,6 +25,7 @@ class Options:
         new_tokens: positions of each response (`decode`).
         repetitions: rounds that are timed.
         compiled: also measure with a compiled decode step (`decode`, `gpu`).
+        model: `bundled` or `random` alone (`decode`).
     """
 
     quick: bool = False
@@ -33,6 +34,7 @@ class Options:
     new_tokens: int | None = None
     repetitions: int | None = None
     compiled: bool | None = None
+    model: str | None = None
 
     def check(self, names: tuple[str, ...]) -> None:
         """Refuse what cannot be measured.
@@ -46,6 +48,8 @@ class Options:
                 raise MirageError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
         if self.new_tokens is not None and "decode" not in names:
             raise MirageError("--new-tokens is an option of the decode benchmark alone")
+        if self.model is not None and "decode" not in names:
+            raise MirageError("--model is an option of the decode benchmark alone")
         if self.compiled is not None and not {"decode", "gpu"} & set(names):
             raise MirageError("--compile is an option of the decode and gpu benchmarks alone")
         for name in names:
@@ -87,6 +91,7 @@ class Options:
     def _decode(self) -> decode.DecodeSettings:
         settings = decode.DecodeSettings.quick() if self.quick else decode.DecodeSettings()
         settings = replace(settings, **self._given("device", "dtype"))
+        settings = replace(settings, cases=tuple(c for c in settings.cases if self.model in (None, c.name)))
         compiled = self.compiled
         if compiled is None:
             compiled = not self.quick and decode.can_compile(torch.device(settings.device))

@@ -29,6 +29,11 @@ class DType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Model(StrEnum):
+    BUNDLED = "bundled"
+    RANDOM = "random"
+
+
 def bench(
     name: Annotated[Benchmark, typer.Argument(help="What to measure; see benchmarks/README.md.")],
     quick: Annotated[
@@ -43,6 +48,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Positions of each response (decode).")] = None,
     repetitions: Annotated[int | None, typer.Option(help="Rounds that are timed.")] = None,
+    model: Annotated[Model | None, typer.Option(help="Measure only this model (decode); both by default.")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -59,7 +65,8 @@ def bench(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    options = Options(quick, device, None if dtype is None else dtype.value, new_tokens, repetitions, compiled)
+    kind, one_model = (None if option is None else option.value for option in (dtype, model))
+    options = Options(quick, device, kind, new_tokens, repetitions, compiled, one_model)
     names = names_of(name.value, options)
     options.check(names)
     command = shlex.join(["mirage", *sys.argv[1:]])

@@ -1,7 +1,7 @@
 /* Attention of one new position a row over a paged cache, float32, on the CPU: see native.py.
  *
  * One task is one row and one key-value head: it writes the new key and value to their place, then reads the
- * row's blocks once, keeping a running softmax in base 2 (the queries are scaled for it). */
+ * row's blocks once, keeping a running softmax in base 2. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -28,6 +28,7 @@ typedef struct {
     const uint8_t *hidden; /* [blocks, size] positions that an evicted row does not see, or null */
     const uint8_t *evicted; /* [rows], or null */
     int64_t rows, heads, each, width, size, most;
+    float scale; /* of scores, for base 2 */
 } Step;
 
 /* 2^x for x <= 0: the whole part goes into the exponent, a polynomial does the rest (relative error 8e-8). */
@@ -59,7 +60,7 @@ static inline __attribute__((always_inline)) void attend(
     const int64_t width = lanes * LANES, area = s->size * width;
     vec q[MAX_WIDTH / LANES], sum[MAX_WIDTH / LANES];
     float weight[MAX_SIZE], top = -INFINITY, mass = 0.0f;
-    for (int64_t i = 0; i < lanes; i++) { q[i] = load(query + i * LANES); sum[i] = (vec){0}; }
+    for (int64_t i = 0; i < lanes; i++) { q[i] = load(query + i * LANES) * s->scale; sum[i] = (vec){0}; }
     for (int64_t j = 0; j < s->most; j++) {
         const int mine = j < s->own[row];
         int64_t fill = mine ? s->length[row] + 1 - j * s->size : s->shared[row] - (j - s->own[row]) * s->size;

@@ -35,6 +35,7 @@ class _Arguments(ctypes.Structure):
     """`Step` of the source."""
 
     _fields_ = [(f"p{i}", ctypes.c_void_p) for i in range(14)] + [(f"n{i}", ctypes.c_int64) for i in range(6)]
+    _fields_ += [("scale", ctypes.c_float)]
 
 
 def compiler() -> str | None:
@@ -105,31 +106,40 @@ class NativeStep:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
-        rows, heads, _, width = query.shape
-        groups = key.shape[1]  # query head h reads key head h // (H / K)
-        query = (query * (scaling * math.log2(math.e))).reshape(rows, groups, heads // groups, width).contiguous()
-        places = (self.table, self.own, self.length, self.shared, self.block, self.offset, self.hidden, self.evicted)
         run = torch.ops.mirage.attend if torch.compiler.is_compiling() else _attend
-        new = (key[:, :, 0].contiguous(), value[:, :, 0].contiguous())
-        return run(query, *new, *self.pool.layers[layer], *places).view(rows, 1, heads, width)
+        keys, values = self.pool.layers[layer]
+        rows = (self.table, self.own, self.length, self.shared)
+        places = (self.block, self.offset)
+        unseen = (self.hidden, self.evicted)
+        return run(query, key, value, keys, values, *rows, *places, *unseen, scaling * math.log2(math.e))
 
 
 def _attend(
-    query: torch.Tensor,  # [B, K, G, d], scaled for base 2
-    key: torch.Tensor,  # [B, K, d]
+    query: torch.Tensor,  # [B, H, 1, d]; head h reads key head h // (H / K)
+    key: torch.Tensor,  # [B, K, 1, d]
     value: torch.Tensor,
     keys: torch.Tensor,  # [blocks, K, size, d]
     values: torch.Tensor,
     table: torch.Tensor,
-    *places: torch.Tensor | None,
+    own: torch.Tensor,
+    length: torch.Tensor,
+    shared: torch.Tensor,
+    block: torch.Tensor,
+    offset: torch.Tensor,
+    hidden: torch.Tensor | None,
+    evicted: torch.Tensor | None,
+    scale: float,  # of scores in base 2
 ) -> torch.Tensor:
-    """Call the kernel; the arguments are those of `NativeStep`."""
+    """Call the kernel; the arguments are those of `NativeStep` → [B, 1, H, d]."""
     kernel = load()
     assert kernel is not None
-    found = torch.empty_like(query)
-    tensors = (found, query, key, value, keys, values, table, *places)
+    rows, heads, _, width = query.shape
+    groups = key.shape[1]
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    found = query.new_empty(rows, 1, heads, width)
+    tensors = (found, query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    arguments = _Arguments(*pointers, *query.shape, keys.shape[2], table.shape[1])
+    arguments = _Arguments(*pointers, rows, groups, heads // groups, width, keys.shape[2], table.shape[1], scale)
     few = table.numel() < 32  # waking threads would cost more than the work
     kernel.mirage_attend(ctypes.byref(arguments), 1 if few else torch.get_num_threads())
     return found
@@ -140,7 +150,7 @@ def _attend(
 _LIBRARY = torch.library.Library("mirage", "DEF")
 _LIBRARY.define(
     "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor own, "
-    "Tensor length, Tensor shared, Tensor block, Tensor offset, Tensor? hidden, Tensor? evicted) -> Tensor"
+    "Tensor length, Tensor shared, Tensor block, Tensor offset, Tensor? hidden, Tensor? evicted, float scale) -> Tensor"
 )
 _LIBRARY.impl("attend", _attend, "CPU")
-torch.library.register_fake("mirage::attend", lambda query, *_: torch.empty_like(query))
+torch.library.register_fake("mirage::attend", lambda query, *_: query.new_empty(*query.transpose(1, 2).shape))
