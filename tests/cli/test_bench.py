@@ -111,6 +111,7 @@ def test_options_reach_the_settings():
     assert settings.dtype == "bfloat16" and not settings.compiled
     assert {(case.new_tokens, case.repetitions) for case in settings.cases} == {(7, 2)}
     assert Options(quick=True)._decode().compiled is False
+    assert [case.name for case in Options(model="random")._decode().cases] == ["random"]
     assert Options(compiled=False)._gpu().compiled == (False,)
     assert Options()._gpu().compiled == (False, True) and Options()._gpu().dtype == "bfloat16"
 
@@ -131,6 +132,7 @@ def test_what_all_means(monkeypatch):
         (["decode", "--new-tokens", "1"], "--new-tokens must be at least 2, not 1"),
         (["train", "--repetitions", "0"], "--repetitions must be at least 1, not 0"),
         (["train", "--new-tokens", "8"], "--new-tokens is an option of the decode benchmark alone"),
+        (["train", "--model", "bundled"], "--model is an option of the decode benchmark alone"),
         (["scaling", "--compile"], "--compile is an option of the decode and gpu benchmarks alone"),
     ],
 )

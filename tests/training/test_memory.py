@@ -67,9 +67,12 @@ def test_shares():
     assert planned["gathered weights"] == 2 * (found.rest + 2 * found.layer)
     kept = estimate(model, mixed, cards=8, resharded=False)
     assert kept["gathered weights"] == 2 * found.total
-    accumulated = recipe(model=mixed.model, bf16=True, accumulate=2)
-    more = estimate(model, accumulated, cards=8)["whole gradients"] - planned["whole gradients"]
-    assert more == 2 * 28 * found.layer, "all gradients of the layers, in bfloat16"
+    for more in (
+        recipe(model=mixed.model, bf16=True, accumulate=2),
+        recipe("stage2", model=mixed.model, bf16=True),
+    ):
+        difference = estimate(model, more, cards=8)["whole gradients"] - planned["whole gradients"]
+        assert difference == 2 * 28 * found.layer, "all gradients of the layers, in bfloat16"
 
 
 def kept_by_forward(vlm: LatentVLM, stage, batch: Batch) -> int:

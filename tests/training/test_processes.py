@@ -140,7 +140,7 @@ def start(*command: object, cwd: Path) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Wait for a launcher; one that hangs is killed, with all that it started, and fails the test."""
     try:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

@@ -105,11 +105,13 @@ def _print(sheet: Sheet) -> None:
     table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, heading in enumerate(sheet.headings):
         words = any(isinstance(cell := row[i], str) and not cell.isdigit() for row in sheet.rows)
-        table.add_column(heading, justify="left" if words else "right", overflow="fold")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=words)
     for row in sheet.rows:
         table.add_row(*map(_cell, row))
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
 
 
 def _print_ratios(name: str, ratios: dict[str, float | None]) -> None:

@@ -111,7 +111,9 @@ def estimate(
         parts["gathered weights"] = used * (found.rest + layers * found.layer)
         share = found.trained - found.rest_trained
         whole = 2 * max(found.rest_trained, share // config.num_hidden_layers)  # with the copy that is sent round
-        parts["whole gradients"] = used * (whole + (share if train.accumulate > 1 else 0))
+        # all layers' until the last micro-batch, and in stage 2 until the pass that ran first
+        waiting = share if train.accumulate > 1 or recipe.stage == "stage2" else 0
+        parts["whole gradients"] = used * (whole + waiting)
     elif train.bf16 and stored == 4:
         parts["bfloat16 copies of weights"] = 2 * found.total
     parts["activations"] = train.batch_size * tokens * _activations(config, recipe, used, stored, tokens)
