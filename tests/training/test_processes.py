@@ -20,6 +20,7 @@ from processes import Job
 from safetensors.torch import load_file, save_file
 from support import batch_of, dialogue, ragged
 
+from mirage_vlm.cli.train import _check_launch
 from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.training import run
@@ -354,6 +355,21 @@ def test_what_is_made_up_adds_nothing(fresh, checkpointing):
         assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
     with pytest.raises(RuntimeError, match="took 7 passes through the decoder, 6 were agreed on"):
         make_up(fresh, 7, Needs(2, 0, 0), Needs(6, 0, 0))
+
+
+def test_a_launch_that_starts_one_process_only_is_told(monkeypatch, capsys):
+    """What `accelerate launch --cpu --num_processes 2` leaves in the environment."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    _check_launch()
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    _check_launch()
+    assert capsys.readouterr().err.startswith("warning: this is one process; accelerate launch --cpu starts no more")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _check_launch()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
