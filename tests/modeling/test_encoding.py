@@ -55,18 +55,23 @@ def test_an_example_reads_as_the_chat_form_says(encoder):
 
 def test_the_prompt_is_the_same_in_training_and_decoding(tiny, encoder, monkeypatch):
     """Not as text: token for token, and picture for picture, in what the model is fed."""
-    fed = []
-    embed_prompt = type(tiny).embed_prompt
+    read, seen = [], []
+    positions, features = type(tiny).positions, type(tiny.family).image_features
 
-    def spy(self, input_ids, pixel_values, grid_thw):
-        fed.append((input_ids, pixel_values))
-        return embed_prompt(self, input_ids, pixel_values, grid_thw)
+    def spy(self, input_ids, *rest):
+        read.append(input_ids)
+        return positions(self, input_ids, *rest)
 
-    monkeypatch.setattr(type(tiny), "embed_prompt", spy)
+    def spy_on_pictures(self, model, pixels, grid):
+        seen.append(pixels)
+        return features(self, model, pixels, grid)
+
+    monkeypatch.setattr(type(tiny), "positions", spy)
+    monkeypatch.setattr(type(tiny.family), "image_features", spy_on_pictures)
     for trajectory in ragged():
         example = encoder.example(trajectory)
         tiny.generate([trajectory], max_new_tokens=1)
-        ids, pixels = fed.pop()
+        ids, pixels = read.pop(), seen.pop() if seen else None
         length = ids.shape[1]
         assert ids[0].tolist() == example.input_ids[:length].tolist()
         assert written(encoder, ids[0]).endswith("<|im_start|>assistant\n")
