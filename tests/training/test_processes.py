@@ -69,6 +69,7 @@ ALONE = {
 COPIES = {
     "stage1": (STAGE1, HALF),
     "stage1-accumulated": (STAGE1, *QUARTER),
+    "stage1-packed": (STAGE1, HALF, "train.pack=150", "train.feature_cache={folder}/features"),
     "stage2": (HALF,),
     "stage2-accumulated": QUARTER,
     "stage2-checkpointed": (HALF, CHECKPOINTED),
