@@ -21,6 +21,10 @@ CORPUS = [
     "<think>The elf is at r1c2 and the gift is at r3c3.</think>",
 ]
 
+# sizes of a model that a test trains, as a recipe's `model.scratch`
+SCRATCH = """{width: 32, layers: 2, heads: 2, kv_heads: 1, mlp: 64, vision_width: 32, vision_layers: 1,
+            vision_heads: 2, vision_mlp: 32, context: 512}"""
+
 
 def picture(columns: int, rows: int, seed: int) -> Image:
     """A random picture of so many merged patches, at `tiny`'s image scale of 28 / 64."""

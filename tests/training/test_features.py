@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import dialogue, distance, gradients, picture, ragged, span
+from support import SCRATCH, dialogue, distance, gradients, picture, ragged, span
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
@@ -300,8 +300,7 @@ RECIPE = """\
 stage: stage1
 output_dir: {folder}/run
 model:
-  scratch: {{width: 32, layers: 2, heads: 2, kv_heads: 1, mlp: 64, vision_width: 32, vision_layers: 1,
-            vision_heads: 2, vision_mlp: 32, context: 512}}
+  scratch: {scratch}
   latent_size: 3
   image_scale: 0.4375
   attn: eager
@@ -318,7 +317,7 @@ train:
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=tmp_path))
+    path.write_text(RECIPE.format(folder=tmp_path, scratch=SCRATCH))
     return lambda *overrides: load_recipe(path, overrides)
 
 
@@ -350,7 +349,9 @@ def test_a_run_with_a_cache_trains_the_same_model(recipe, tmp_path, monkeypatch,
 
 def test_a_trained_tower_is_refused(recipe, tmp_path, fresh):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=tmp_path).replace("true", "false") + "  feature_cache: cache\n")
+    path.write_text(
+        RECIPE.format(folder=tmp_path, scratch=SCRATCH).replace("true", "false") + "  feature_cache: cache\n"
+    )
     with pytest.raises(
         MirageError, match=rf"^{path}:16: train.feature_cache: features of a vision tower that is train"
     ):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import batch_of, dialogue, distance, gradients, picture, ragged, span
+from support import SCRATCH, batch_of, dialogue, distance, gradients, picture, ragged, span
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
@@ -287,8 +287,7 @@ RECIPE = """\
 stage: stage1
 output_dir: {folder}/run
 model:
-  scratch: {{width: 32, layers: 2, heads: 2, kv_heads: 1, mlp: 64, vision_width: 32, vision_layers: 1,
-            vision_heads: 2, vision_mlp: 32, context: 512}}
+  scratch: {scratch}
   latent_size: 3
   image_scale: 0.4375
   attn: eager
@@ -301,7 +300,7 @@ train: {{batch_size: 4, accumulate: 2, max_steps: 4, learning_rate: 1.0e-3, warm
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=tmp_path))
+    path.write_text(RECIPE.format(folder=tmp_path, scratch=SCRATCH))
     return lambda *overrides: load_recipe(path, overrides)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import batch_of, distance, ragged
+from support import SCRATCH, batch_of, distance, ragged
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import write_jsonl
@@ -27,8 +27,7 @@ RECIPE = """\
 stage: stage2
 output_dir: {folder}/run
 model:
-  scratch: {{width: 32, layers: 2, heads: 2, kv_heads: 1, mlp: 64, vision_width: 32, vision_layers: 1,
-            vision_heads: 2, vision_mlp: 32, context: 512}}
+  scratch: {scratch}
   latent_size: 3
   image_scale: 0.4375
   attn: eager
@@ -43,7 +42,7 @@ train: {{learning_rate: 1.0e-3, weight_decay: 0.01, warmup: 2, log_every: 1, see
 def recipe(tmp_path):
     """recipe(*overrides): a run of a few seconds in a folder of its own."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=tmp_path))
+    path.write_text(RECIPE.format(folder=tmp_path, scratch=SCRATCH))
     return lambda *overrides: load_recipe(path, overrides)
 
 

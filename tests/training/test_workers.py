@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support import SCRATCH
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.make import GeneratedDataset
@@ -17,8 +18,7 @@ RECIPE = """\
 stage: stage1
 output_dir: {folder}/run
 model:
-  scratch: {{width: 32, layers: 2, heads: 2, kv_heads: 1, mlp: 64, vision_width: 32, vision_layers: 1,
-            vision_heads: 2, vision_mlp: 32, context: 512}}
+  scratch: {scratch}
   latent_size: 3
   pooling: random
   image_scale: 0.4375
@@ -31,7 +31,7 @@ train: {{epochs: 3, batch_size: 4, learning_rate: 1.0e-3, log_every: 1, save_eve
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=tmp_path))
+    path.write_text(RECIPE.format(folder=tmp_path, scratch=SCRATCH))
     return lambda *overrides: load_recipe(path, overrides)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -84,11 +82,6 @@ class DecodeSettings:
         changes = {"new_tokens": new_tokens, "repetitions": repetitions}
         given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
         return replace(self, cases=tuple(replace(case, **given) for case in self.cases))
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs: for the CPU a C++ compiler."""
-    return device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def run(settings: DecodeSettings, tell: Tell) -> Result:

@@ -11,6 +11,7 @@ import torch
 
 from mirage_vlm.benchmarks import decode, gpu, scaling, train
 from mirage_vlm.benchmarks.harness import Beginning, Result, Tell, as_json
+from mirage_vlm.decoding.engine import can_compile
 from mirage_vlm.errors import MirageError
 
 NAMES = ("decode", "train", "scaling", "gpu")
@@ -94,7 +95,7 @@ class Options:
         settings = replace(settings, cases=tuple(c for c in settings.cases if self.model in (None, c.name)))
         compiled = self.compiled
         if compiled is None:
-            compiled = not self.quick and decode.can_compile(torch.device(settings.device))
+            compiled = not self.quick and can_compile(torch.device(settings.device).type)
         return replace(settings, compiled=compiled).changed(self.new_tokens, self.repetitions)
 
     def _gpu(self) -> gpu.GpuSettings:

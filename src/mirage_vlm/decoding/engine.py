@@ -52,13 +52,14 @@ class Engine:
         text = vlm.language_model.config
         if other := set(text.layer_types) - {"full_attention"}:
             raise MirageError(f"the engine knows full attention only; this model has layers of {', '.join(other)}")
+        self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
         size, dtype = config.block_size, vlm.model.dtype
         if config.max_batch_tokens is None:
             room = config.memory_fraction * _free_memory(self.device)
             limit = int(room / BlockPool.bytes_per_block(text, size, dtype))
         else:
             limit = config.max_batch_tokens // size
-        self.pool = BlockPool(text, size, limit, dtype, self.device, fixed=config.compile and self.device.type != "cpu")
+        self.pool = BlockPool(text, size, limit, dtype, self.device, fixed=self._static)
         self.reader = Reader(vlm, self.pool, config.prefill_tokens, config.image_cache)
         self.look_every = config.look_every or (1 if self.device.type == "cpu" else 8)
         self.queue: deque[Response] = deque()
@@ -70,7 +71,6 @@ class Engine:
         self._requests, self._responses = count(), count()
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
-        self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
         self._native = config.native and native.usable(self.pool)
         self._decode = _compiled(self.device.type) if config.compile else run_paged
 
@@ -347,6 +347,11 @@ class _Logged:
     consumed: bool
 
 
+def can_compile(device: str) -> bool:
+    """Whether `torch.compile` has what it needs on a type of device: for the CPU a C++ compiler."""
+    return device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
 @cache
 def _compiled(device: str) -> Callable[..., torch.Tensor]:
     """The decode step, compiled without a graph break; on CUDA it is replayed as a graph for each shape.
@@ -354,7 +359,7 @@ def _compiled(device: str) -> Callable[..., torch.Tensor]:
     Raises:
         MirageError: there is no C++ compiler, which torch needs for the CPU.
     """
-    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    if not can_compile(device):
         raise MirageError("compiling for the CPU needs a C++ compiler (g++ or clang++); leave compile off without")
     return torch.compile(run_paged, fullgraph=True, dynamic=True, mode=None if device == "cpu" else "reduce-overhead")
 

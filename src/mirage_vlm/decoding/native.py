@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import math
 import os
 import platform
 import shutil
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from mirage_vlm.decoding.blocks import LOG2_E
 
 if TYPE_CHECKING:
     from mirage_vlm.decoding.pool import BlockPool
@@ -111,7 +112,7 @@ class NativeStep:
         rows = (self.table, self.own, self.length, self.shared)
         places = (self.block, self.offset)
         unseen = (self.hidden, self.evicted)
-        return run(query, key, value, keys, values, *rows, *places, *unseen, scaling * math.log2(math.e))
+        return run(query, key, value, keys, values, *rows, *places, *unseen, scaling * LOG2_E)
 
 
 def _attend(

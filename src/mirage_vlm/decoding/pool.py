@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 NOBODY = 0  # a block that is never given out: padding is written to it, and nothing is read from it
+FIRST = 64  # blocks that are allocated before any is asked for
 
 
 class BlockPool:
@@ -26,20 +28,23 @@ class BlockPool:
     """
 
     def __init__(self, config: Any, size: int, limit: int, dtype: torch.dtype, device: torch.device, fixed: bool):
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.size, self.limit, self.fixed = size, limit, fixed
-        self.shape = (config.num_hidden_layers, heads, size, width)
+        self.shape = self._shape(config, size)
         self.dtype, self.device = dtype, device
         self.used = 0
         self.reserved = 0
-        self._allocate(limit if fixed else min(limit, 64))
+        self._allocate()
 
     @staticmethod
     def bytes_per_block(config: Any, size: int, dtype: torch.dtype) -> int:
         """Keys and values of one block in all layers."""
+        return 2 * math.prod(BlockPool._shape(config, size)) * dtype.itemsize
+
+    @staticmethod
+    def _shape(config: Any, size: int) -> tuple[int, int, int, int]:
+        """Layers, key-value heads, positions of a block, width of a head."""
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_hidden_layers * 2 * config.num_key_value_heads * size * width * dtype.itemsize
+        return config.num_hidden_layers, config.num_key_value_heads, size, width
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +70,11 @@ class BlockPool:
         """Back to the size at the start; only when no block is in use."""
         assert self.used == 0
         if not self.fixed:
-            self._allocate(min(self.limit, 64))
+            self._allocate()
 
-    def _allocate(self, blocks: int) -> None:
+    def _allocate(self) -> None:
+        """The storage that a pool begins with."""
+        blocks = self.limit if self.fixed else min(self.limit, FIRST)
         layers, heads, size, width = self.shape
         shape = (blocks + 1, heads, size, width)
         self.layers = [

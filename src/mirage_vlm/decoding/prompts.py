@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from mirage_vlm.decoding.blocks import Prefill, run_paged
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.modeling.encoding import Pictures
+from mirage_vlm.modeling.features import picture_keys
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Reader:
     def __init__(self, vlm: LatentVLM, pool: BlockPool, most_tokens: int, most_patches: int):
         self.vlm, self.pool = vlm, pool
         self.most_tokens, self.most_patches = most_tokens, most_patches
-        self.known: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # picture -> features [n, D]
+        self.known: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture -> features [n, D]
 
     def read(self, prompts: Sequence[Prompt]) -> None:
         """Give each prompt its blocks, its newest hidden state and the position of what follows."""
@@ -108,7 +108,7 @@ class Reader:
         embeds = vlm.embed(ids)
         found = [feature for each in features for feature in each]
         if found:
-            embeds = embeds.masked_scatter(pictures.unsqueeze(-1), torch.cat(found).to(embeds.dtype))
+            embeds = vlm.place_pictures(embeds, ids, found)
         hidden = run_paged(vlm, embeds, positions, Prefill(pool, blocks))
         newest = hidden[torch.arange(len(prompts)), lengths - 1]
         following = (positions.amax(dim=0).masked_fill(mask == 0, 0).amax(dim=1) + 1).tolist()
@@ -117,28 +117,19 @@ class Reader:
 
     def _features(self, prompts: Sequence[Prompt]) -> list[list[torch.Tensor]]:
         """Features of each prompt's pictures; every picture that is not known goes through one vision pass."""
-        keys: list[list[bytes]] = []
-        fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
-        for prompt in prompts:
-            keys.append([])
-            for pixels, grid in _single(prompt.pictures):
-                key = hashlib.blake2b(pixels.contiguous().numpy().tobytes() + grid.numpy().tobytes()).digest()
-                keys[-1].append(key)
-                if key not in self.known:
-                    fresh[key] = (pixels, grid)
+        names: list[tuple[str, ...]] = []
+        fresh: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for pictures in (prompt.pictures for prompt in prompts):
+            names.append(() if pictures is None else picture_keys(pictures.pixel_values, pictures.grid_thw))
+            if pictures is not None:
+                pixels = pictures.pixel_values.split(pictures.grid_thw.prod(dim=1).tolist())
+                each = zip(names[-1], zip(pixels, pictures.grid_thw, strict=True), strict=True)
+                fresh |= {name: picture for name, picture in each if name not in self.known}
         if fresh:
-            pixels = torch.cat([pixels for pixels, _ in fresh.values()]).to(self.vlm.device)
-            grids = torch.stack([grid for _, grid in fresh.values()]).to(self.vlm.device)
-            self.known.update(zip(fresh, self.vlm.family.image_features(self.vlm.model, pixels, grids), strict=True))
-        for each in keys:
-            for key in each:
-                self.known.move_to_end(key)
-        return [[self.known[key] for key in each] for each in keys]
-
-
-def _single(pictures: Pictures | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each picture's own pixels and grid."""
-    if pictures is None:
-        return []
-    sizes = pictures.grid_thw.prod(dim=1).tolist()
-    return list(zip(pictures.pixel_values.split(sizes), pictures.grid_thw, strict=True))
+            pixels, grids = zip(*fresh.values(), strict=True)
+            device = self.vlm.device
+            made = self.vlm.image_features(torch.cat(pixels).to(device), torch.stack(grids).to(device), list(fresh))
+            self.known.update(zip(fresh, made, strict=True))
+        for name in (name for prompt in names for name in prompt):
+            self.known.move_to_end(name)
+        return [[self.known[name] for name in prompt] for prompt in names]

@@ -135,9 +135,15 @@ class LatentVLM(Pretrained):
             return embeds
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = torch.cat(self.image_features(pixel_values, grid_thw, keys))
+            features = self.image_features(pixel_values, grid_thw, keys)
+        return self.place_pictures(embeds, input_ids, features)
+
+    def place_pictures(
+        self, embeds: torch.Tensor, input_ids: torch.Tensor, features: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """[B, T, D] embeddings with features [n_i, D], of all pictures in row order, where their tokens stand."""
         places = (input_ids == self.family.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(places, features.to(embeds.dtype))
+        return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] last hidden states → [..., V] logits."""
