@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import CORPUS, batch_of, distance, ragged
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentConfig, LatentVLM, checkpoint

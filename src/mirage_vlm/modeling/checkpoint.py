@@ -14,7 +14,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+# by its module: the top level of transformers 5.16 refuses the class where torchvision is missing
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
