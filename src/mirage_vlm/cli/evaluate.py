@@ -104,8 +104,8 @@ def _print(results: dict[str, Any]) -> None:
 
     title = f"{results['model']}: {results['n']} examples in {results['seconds']:.1f} s"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("level", "n", "right %", "± s.e.", "optimal %", "latent %", "invalid %", "latents", "tokens"):
-        table.add_column(heading, justify="right")
+    for heading in ("level", "n", "right %", "95 %", "optimal %", "latent %", "invalid %", "latents", "tokens"):
+        table.add_column(heading, justify="right", no_wrap=heading == "95 %")
     for name, row in [*results["by_level"].items(), ("all", results)]:
         if name == "all":
             table.add_section()
@@ -113,7 +113,7 @@ def _print(results: dict[str, Any]) -> None:
             name,
             str(row["n"]),
             percent(row["accuracy"]),
-            percent(row["standard_error"]),
+            "–".join(map(percent, row["ci95"])),
             percent(row["optimal_rate"]),
             percent(row["latent_rate"]),
             percent(row["invalid_rate"]),

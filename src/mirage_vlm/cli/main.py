@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import bench, data, evaluate, solve, train
+from mirage_vlm.cli import bench, compare, data, evaluate, solve, train
 from mirage_vlm.errors import MirageError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(solve.demo)
 app.command()(solve.solve)
 app.command("eval")(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(train.train)
 app.command()(bench.bench)
 app.add_typer(data.app)

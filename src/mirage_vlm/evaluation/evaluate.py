@@ -18,6 +18,8 @@ import transformers
 from mirage_vlm import __version__
 from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.compare import items
+from mirage_vlm.evaluation.intervals import wilson
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.base import Score, boxed
@@ -103,6 +105,7 @@ def _measures(scored: Sequence[Scored]) -> dict[str, Any]:
     return {
         "n": n,
         "accuracy": accuracy,
+        "ci95": list(wilson(sum(s.score.correct for s in scored), n)),
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
         "optimal_rate": sum(judged) / len(judged) if judged else None,
         "latent_rate": share([s.latents > 0 for s in scored]),
@@ -139,6 +142,7 @@ def report(
         },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": _device_name()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "items": items(scored),
     }
 
 

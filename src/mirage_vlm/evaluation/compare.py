@@ -1,0 +1,106 @@
+"""Two evaluations on the same examples: which checkpoint is better, and by how much for certain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.intervals import paired_bootstrap
+from mirage_vlm.trajectory import Text, Trajectory
+
+if TYPE_CHECKING:
+    from mirage_vlm.evaluation.evaluate import Scored
+
+
+def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
+    """What `results.json` keeps of each example: its name, its level where it has one, and how it came out.
+
+    The name is made of the question and what is known of it, not of the style of its prompt, so that the same map
+    has the same name in evaluations of a direct and of a step-by-step model. Repeated examples are numbered.
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for each in scored:
+        name = _name(each.trajectory)
+        seen[name] += 1
+        item = {"name": f"{name}-{seen[name]}", "correct": each.score.correct, "valid": each.score.valid}
+        if "level" in each.trajectory.meta:
+            item["level"] = each.trajectory.meta["level"]
+        found.append(item)
+    return found
+
+
+def _name(trajectory: Trajectory) -> str:
+    meta = {key: value for key, value in trajectory.meta.items() if key not in ("style", "kind")}
+    known: dict[str, Any] = {"task": trajectory.task, "answer": trajectory.answer, "meta": meta}
+    if not meta:
+        known["prompt"] = [s.text for m in trajectory.prompt for s in m.segments if isinstance(s, Text)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """A `results.json` of `mirage eval`.
+
+    Raises:
+        MirageError: it cannot be read, or holds no items; the message names the file and the field.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise MirageError(f"{path}: cannot be read: {fault.strerror or fault}") from fault
+    except ValueError as fault:
+        raise MirageError(f"{path}: not valid JSON: {fault}") from fault
+    if not isinstance(found, dict) or not isinstance(found.get("items"), list) or not found["items"]:
+        raise MirageError(f"{path}: items: missing; only results of `mirage eval --out` can be compared")
+    for i, item in enumerate(found["items"]):
+        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+            raise MirageError(f"{path}: items[{i}].name: must be a string")
+        if not isinstance(item.get("correct"), bool):
+            raise MirageError(f"{path}: items[{i}].correct: must be true or false")
+    return found
+
+
+def compare(
+    first: Mapping[str, Any], second: Mapping[str, Any], *, rounds: int = 10_000, seed: int = 0
+) -> dict[str, Any]:
+    """The difference in accuracy, second − first, on the examples that both evaluations hold.
+
+    Args:
+        first, second: as `load_results` gives them.
+        rounds, seed: of the paired bootstrap.
+
+    Returns:
+        `all` and one entry for each level: `n`, the two accuracies, `difference` and `ci95` of it; and under `apart`
+        the examples that only one of the two holds.
+
+    Raises:
+        MirageError: they have no example in common.
+    """
+    ours, theirs = ({item["name"]: item for item in results["items"]} for results in (first, second))
+    common = [name for name in ours if name in theirs]
+    if not common:
+        raise MirageError("the two evaluations have no example in common; run both on the same data, levels and seed")
+
+    def measured(names: Sequence[str]) -> dict[str, Any]:
+        a, b = ([side[name]["correct"] for name in names] for side in (ours, theirs))
+        difference, low, high = paired_bootstrap(b, a, seed=seed, rounds=rounds)
+        n = len(names)
+        return {
+            "n": n,
+            "accuracy": [sum(a) / n, sum(b) / n],
+            "difference": difference,
+            "ci95": [low, high],
+        }
+
+    levels = sorted({ours[name]["level"] for name in common if "level" in ours[name]})
+    return {
+        "models": [first.get("model"), second.get("model")],
+        "all": measured(common),
+        "by_level": {str(level): measured([n for n in common if ours[n].get("level") == level]) for level in levels},
+        "apart": [len(ours) - len(common), len(theirs) - len(common)],
+    }

@@ -1,0 +1,53 @@
+"""How sure an accuracy is: intervals for a share, and for the difference of two on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from mirage_vlm.errors import MirageError
+
+
+def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a share (Wilson 1927); sound near 0 and 1 too, where ± standard errors are not.
+
+    Args:
+        hits: successes among n trials.
+        level: coverage.
+
+    Raises:
+        MirageError: n is not positive, or hits is not within 0 … n.
+    """
+    if n < 1 or not 0 <= hits <= n:
+        raise MirageError(f"an interval needs 0 <= hits <= n and n > 0, not {hits} hits of {n}")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, scale = hits / n, 1 + z * z / n
+    centre = (share + z * z / (2 * n)) / scale
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / scale
+    low, high = centre - half, centre + half
+    return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
+
+
+def paired_bootstrap(
+    a: Sequence[bool], b: Sequence[bool], seed: int = 0, rounds: int = 10_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """mean(a) − mean(b) of paired outcomes, and its percentile bootstrap interval (Efron 1979).
+
+    Examples are drawn again with their pair of outcomes. A pair differs by −1, 0 or 1, so a round is one draw of how
+    many of each there are.
+
+    Returns:
+        The difference, and the lower and upper end of its interval.
+
+    Raises:
+        MirageError: the two are of different lengths, or empty.
+    """
+    if len(a) != len(b) or not len(a):
+        raise MirageError(f"paired outcomes must be of one length above 0, not {len(a)} and {len(b)}")
+    differences = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
+    shares = np.array([(differences == value).mean() for value in (-1, 0, 1)])
+    drawn = np.random.default_rng(seed).multinomial(len(differences), shares / shares.sum(), size=rounds)
+    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / len(differences), [(1 - level) / 2, (1 + level) / 2])
+    return float(differences.mean()), float(low), float(high)

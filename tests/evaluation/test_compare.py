@@ -1,0 +1,104 @@
+"""`mirage compare`: the same examples are found again, differences have the right sign, bad files are named."""
+
+import json
+
+import pytest
+
+from mirage_vlm.cli.main import run
+from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.compare import compare, items, load_results
+from mirage_vlm.evaluation.evaluate import Scored
+from mirage_vlm.tasks.base import Score, map_of
+from mirage_vlm.tasks.make import GeneratedDataset
+
+
+def results(model, outcomes, levels=(4, 5)):
+    return {
+        "model": model,
+        "items": [
+            {"name": str(i), "correct": right, "valid": True, "level": levels[i % 2]}
+            for i, right in enumerate(outcomes)
+        ],
+    }
+
+
+def test_the_difference_is_second_minus_first_and_paired():
+    a = results("a", [i % 2 == 0 for i in range(200)])  # right on level 4 only
+    b = results("b", [True] * 200)
+    found = compare(a, b)
+    assert found["models"] == ["a", "b"]
+    assert found["all"]["accuracy"] == [0.5, 1.0]
+    assert found["all"]["difference"] == 0.5
+    low, high = found["all"]["ci95"]
+    assert 0.42 < low < 0.45 and 0.55 < high < 0.58  # 0.5 ± 1.96 · sqrt(0.25 / 200)
+    assert found["by_level"]["4"]["difference"] == 0.0 and found["by_level"]["4"]["ci95"] == [0.0, 0.0]
+    assert found["by_level"]["5"]["difference"] == 1.0
+    assert compare(b, a)["all"]["difference"] == -0.5
+
+
+def test_only_examples_of_both_count():
+    a, b = results("a", [True] * 10), results("b", [False] * 6)
+    found = compare(a, b)
+    assert found["all"]["n"] == 6 and found["apart"] == [4, 0]
+    with pytest.raises(MirageError, match="no example in common"):
+        compare(a, {"model": "c", "items": [{"name": "other", "correct": True}]})
+
+
+def test_names_do_not_depend_on_the_style_and_tell_examples_apart():
+    def names(style, seed=0):
+        made = GeneratedDataset("vsp-planning", [3, 4], 12, seed, "direct", "test")
+        chosen = [made.task.example(map_of(made[i].meta), style) for i in range(12)]
+        return [item["name"] for item in items(Scored(t, Score(True, True, True, "")) for t in chosen)]
+
+    assert names("direct") == names("cot")
+    assert len(set(names("direct"))) == 12
+    assert names("direct") != names("direct", seed=1)
+
+
+def test_repeated_examples_are_numbered():
+    example = GeneratedDataset("vsp-planning", [3], 1, 0, "direct", "test")[0]
+    found = items([Scored(example, Score(right, True, None, "")) for right in (True, False)])
+    assert [item["name"][-2:] for item in found] == ["-1", "-2"]
+    assert [item["correct"] for item in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "not valid JSON"),
+        ("{}", "items: missing"),
+        ('{"items": [{"correct": true}]}', r"items\[0\]\.name"),
+        ('{"items": [{"name": "x", "correct": 1}]}', r"items\[0\]\.correct"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, content, message):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(MirageError, match=message) as fault:
+        load_results(path)
+    assert str(path) in str(fault.value)
+
+
+def test_a_good_file_is_read(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results("a", [True, False])))
+    assert load_results(path)["model"] == "a"
+
+
+def test_the_command(tmp_path, capsys):
+    for name, outcomes in (("a", [False] * 8), ("b", [True] * 8)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results(name, outcomes)))
+    with pytest.raises(SystemExit) as left:
+        run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(tmp_path / "out.json")])
+    assert left.value.code == 0
+    assert "+100.0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["all"]["difference"] == 1.0
+
+
+def test_the_command_refuses_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.json'}: cannot be read")
