@@ -319,6 +319,29 @@ def test_a_learned_span_has_at_least_one_latent(fresh):
     assert row.decoding.token_ids == (config.start_id, config.pad_id, config.end_id) * 2
 
 
+@pytest.mark.parametrize("rule", ["fixed", "learned"])
+@pytest.mark.parametrize("limits", [{}, {"max_latents": 0}])
+def test_a_span_of_no_latents_closes_at_once(tiny, prompts, decoded, rule, limits):
+    start, end = tiny.config.start_id, tiny.config.end_id
+    rows = tiny.generate(prompts, max_new_tokens=TOKENS, stop_rule=rule, latent_size=0, **limits)
+    spans = [run for row in rows for run in complete(tiny, row)]
+    assert len(spans) > 3 and all(run == [start, end] for run in spans)
+    assert all(span.k == 0 and span.latents is None for row in rows for span in row.spans)
+    for row, before in zip(rows, decoded[rule], strict=True):
+        if before.spans:
+            opened = before.decoding.token_ids.index(start) + 1
+            assert row.decoding.token_ids[:opened] == before.decoding.token_ids[:opened], "nothing before it is touched"
+    whole = replayed(tiny, rows)
+    for row, one in zip(rows, split(tiny, whole), strict=True):
+        with torch.no_grad():
+            hidden, _ = slow_rollout(tiny, one)
+        at = one.input_ids.shape[1] - len(row.decoding.token_ids)
+        for t, token in enumerate(row.decoding.token_ids, at):
+            logits = tiny.logits(hidden)[t - 1].clone()
+            logits[[tiny.config.pad_id, end, tiny.family.image_token_id]] = -torch.inf
+            assert token == end or logits[token] >= logits.max() - 1e-4
+
+
 def test_max_spans(tiny, prompts):
     free = tiny.generate(prompts, max_new_tokens=TOKENS)
     assert max(len(row.spans) for row in free) >= 3
@@ -396,7 +419,7 @@ def test_pictures_that_cannot_be_read(tiny, tmp_path):
         ({"stop_rule": "never"}, "unknown stop rule 'never'; choose one of fixed, learned"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive: 0"),
         ({"n": 0}, "n must be positive: 0"),
-        ({"latent_size": 0}, "latent_size must be positive: 0"),
+        ({"latent_size": -1}, "latent_size must not be negative: -1"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0.0}, "top_p in"),
         ({"top_k": -1}, "top_k at least 0"),

@@ -41,6 +41,12 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
     trajectories: Annotated[Path | None, typer.Option(help="Write every decoded trajectory to this JSONL.")] = None,
+    replace: Annotated[
+        str | None,
+        typer.Option(
+            help="Test whether latents are used: decode with these in their place, as zero,shuffle, or `all`."
+        ),
+    ] = None,
 ) -> None:
     """Decode, score and count: accuracy by level, optimal plans, latent spans, invalid answers."""
     from rich.console import Console
@@ -49,8 +55,10 @@ def evaluate(
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
     from mirage_vlm.evaluation.evaluate import evaluate as run
     from mirage_vlm.evaluation.evaluate import report, write_json
+    from mirage_vlm.evaluation.replace import chosen, replacement_test, summarise_replacements, verdict
     from mirage_vlm.formats import write_jsonl
 
+    names = [] if replace is None else chosen([name.strip() for name in replace.split(",")])
     examples = _examples(data, task, parse_levels(levels), n, style, seed)[:limit]
     vlm = load_model(model, device)
     generation = GenerationConfig(
@@ -66,15 +74,28 @@ def evaluate(
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        work = bar.add_task("decoding", total=len(examples))
-        scored = run(vlm, examples, generation, engine, lambda done: bar.update(work, advance=done))
+        work = bar.add_task("decoding", total=len(examples) * max(1, len(names)))
+
+        def progress(done: int) -> None:
+            bar.update(work, advance=done)
+
+        if names:
+            replaced = replacement_test(vlm, examples, names, generation, engine, progress, seed)
+            scored = replaced["self"]
+        else:
+            replaced, scored = {}, run(vlm, examples, generation, engine, progress)
     origin = {"path": str(data)} if data else {"task": task, "levels": parse_levels(levels), "n": n, "seed": seed}
     results = report(scored, model=model, data={**origin, "style": style.value}, generation=generation, started=started)
+    if replaced:
+        results["replacements"] = summarise_replacements(replaced, seed)
+        results["verdict"] = verdict(results["replacements"])
     if trajectories is not None:
         write_jsonl(trajectories, [s.trajectory for s in scored])
     if out is not None:
         write_json(out, results)
     _print(results)
+    if replaced:
+        _print_replacements(results)
 
 
 def _examples(
@@ -121,3 +142,32 @@ def _print(results: dict[str, Any]) -> None:
             f"{row['tokens_per_response']:.1f}",
         )
     Console().print(table)
+
+
+def _print_replacements(results: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="with something else for latents", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("latents", "%", "", "95 %", "− self", "95 % of that"):
+        table.add_column(heading, justify="left" if heading in ("latents", "") else "right", no_wrap=True)
+    for name, row in results["replacements"].items():
+        low, high = row["difference_ci95"]
+        table.add_row(
+            name,
+            f"{100 * row['accuracy']:.1f}",
+            _bar(row["accuracy"]),
+            "–".join(f"{100 * end:.1f}" for end in row["ci95"]),
+            "" if name == "self" else f"{100 * row['difference']:+.1f}",
+            "" if name == "self" else f"{100 * low:+.1f} to {100 * high:+.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(results["verdict"], highlight=False)
+
+
+def _bar(share: float, width: int = 12) -> str:
+    """A share as a bar of text, to an eighth of a character."""
+    eighths = round(8 * width * share)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

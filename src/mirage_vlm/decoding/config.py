@@ -19,7 +19,8 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: most positions of a response, latents included.
-        latent_size: k of a span; None takes the checkpoint's. Under the stop rule `learned` it is the most.
+        latent_size: k of a span; None takes the checkpoint's. Under the stop rule `learned` it is the most. With 0 a
+            span is its start and its end, and nothing is thought between them.
         stop_rule: `fixed` (k latents, then `latent_end`) or `learned` (the model chooses between one more latent
             and `latent_end`); None takes the checkpoint's.
         max_spans: most spans of a response; the model cannot open more.
@@ -63,7 +64,7 @@ class GenerationConfig:
             raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
         if self.latent_dtype not in ("float32", "model"):
             raise MirageError(f"latent_dtype must be float32 or model, not {self.latent_dtype!r}")
-        for name, least in (("max_new_tokens", 1), ("n", 1), ("latent_size", 1), ("max_spans", 0), ("max_latents", 0)):
+        for name, least in (("max_new_tokens", 1), ("n", 1), ("latent_size", 0), ("max_spans", 0), ("max_latents", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 wanted = "be positive" if least else "not be negative"

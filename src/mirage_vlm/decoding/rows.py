@@ -125,7 +125,7 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         latents=nothing,
         status=nothing,
         evicted=nothing.bool(),
-        k=numbers([c.latent_size or latent.latent_size for c in configs]),
+        k=numbers([latent.latent_size if c.latent_size is None else c.latent_size for c in configs]),
         learned=numbers([(c.stop_rule or latent.stop_rule) == "learned" for c in configs], torch.bool),
         max_tokens=numbers([c.max_new_tokens for c in configs]),
         max_spans=numbers([limit(c.max_spans) for c in configs]),
@@ -262,7 +262,7 @@ class Chooser:
             logits = logits / torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
         choice = logits.index_fill(1, self.banned, -torch.inf)
         if self.limited:
-            needed = torch.where(rows.learned, 1, rows.k)
+            needed = torch.where(rows.learned, rows.k.clamp(max=1), rows.k)
             shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
             choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
         found = choice.argmax(dim=-1)
