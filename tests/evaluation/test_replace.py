@@ -288,6 +288,7 @@ def test_the_bundled_model_does_worse_without_its_latents():
     found = replacement_test(vlm, [made[i] for i in range(len(made))], ["zero", "oracle"], GenerationConfig())
     summary = summarise_replacements(found)
     assert summary["self"]["latent_rate"] == 1.0 and summary["self"]["accuracy"] > 0.8
+    assert summary["zero"]["difference"] < 0
     assert all(not vector.any() for each in consumed(found["zero"]) for _, _, vector in each)
 
 
