@@ -30,6 +30,8 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mirage_vlm.evaluation.intervals import in_points
+
     one, other = found["models"]
     table = Table(title=f"A {one}, B {other}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval"):
@@ -37,10 +39,8 @@ def _print(found: dict[str, Any]) -> None:
     for name, row in [*found["by_level"].items(), ("all", found["all"])]:
         if name == "all":
             table.add_section()
-        low, high = row["ci95"]
         accuracies = (f"{100 * value:.1f}" for value in row["accuracy"])
-        interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-        table.add_row(name, str(row["n"]), *accuracies, f"{100 * row['difference']:+.1f}", interval)
+        table.add_row(name, str(row["n"]), *accuracies, f"{100 * row['difference']:+.1f}", in_points(row["ci95"]))
     console = Console()
     console.print(table)
     for label, apart in zip("AB", found["apart"], strict=True):

@@ -149,18 +149,19 @@ def _print_replacements(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from mirage_vlm.evaluation.intervals import in_points
+
     table = Table(title="with something else for latents", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("latents", "%", "", "95 %", "− self", "95 % of that"):
         table.add_column(heading, justify="left" if heading in ("latents", "") else "right", no_wrap=True)
     for name, row in results["replacements"].items():
-        low, high = row["difference_ci95"]
         table.add_row(
             name,
             f"{100 * row['accuracy']:.1f}",
             _bar(row["accuracy"]),
             "–".join(f"{100 * end:.1f}" for end in row["ci95"]),
             "" if name == "self" else f"{100 * row['difference']:+.1f}",
-            "" if name == "self" else f"{100 * low:+.1f} to {100 * high:+.1f}",
+            "" if name == "self" else in_points(row["difference_ci95"]),
         )
     console = Console()
     console.print(table)

@@ -36,7 +36,7 @@ def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
 
 
 def _name(trajectory: Trajectory) -> str:
-    meta = {key: value for key, value in trajectory.meta.items() if key not in ("style", "kind")}
+    meta = {key: value for key, value in trajectory.meta.items() if key != "style"}
     known: dict[str, Any] = {"task": trajectory.task, "answer": trajectory.answer, "meta": meta}
     if not meta:
         known["prompt"] = [s.text for m in trajectory.prompt for s in m.segments if isinstance(s, Text)]

@@ -51,3 +51,9 @@ def paired_bootstrap(
     drawn = np.random.default_rng(seed).multinomial(len(differences), shares / shares.sum(), size=rounds)
     low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / len(differences), [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def in_points(interval: Sequence[float]) -> str:
+    """The interval of a difference in percentage points: `-46.7 to -13.3`."""
+    low, high = interval
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"

@@ -20,7 +20,8 @@ import torch
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.evaluate import Scored, evaluate
-from mirage_vlm.evaluation.intervals import paired_bootstrap, wilson
+from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap, wilson
+from mirage_vlm.modeling.pooling import span_length
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -211,15 +212,15 @@ def oracle_targets(
                 f"example {i + 1} of {len(examples)} ({_label(example)}) has no helper image in its reference "
                 "response: leave out oracle and random-matched"
             )
+        patches = [h * w for h, w in map(vlm.family.merged_grid, pictures.grid_thw)]
+        lengths = [
+            span_length(vlm.config.pooling, n, latent_size or span.k or vlm.config.latent_size, span.helper)
+            for n, span in zip(patches, spans, strict=True)
+        ]
         pixels, grids = (tensor.to(vlm.device) for tensor in (pictures.pixel_values, pictures.grid_thw))
-        targets, first = [], 0
-        for span, grid in zip(spans, grids, strict=True):
-            k = latent_size or span.k or vlm.config.latent_size
-            size = int(grid.prod())
-            with torch.no_grad():
-                targets.append(vlm.targets(pixels[first : first + size], grid[None], [k]).float().cpu())
-            first += size
-        found.append(targets)
+        with torch.no_grad():
+            targets = vlm.targets(pixels, grids, lengths).float().cpu()
+        found.append(list(targets.split(lengths)))
     return found
 
 
@@ -319,8 +320,7 @@ def verdict(summary: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _points(row: Mapping[str, Any]) -> str:
-    low, high = row["difference_ci95"]
-    return f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * row['difference']:+.1f} ({in_points(row['difference_ci95'])})"
 
 
 def _label(example: Trajectory) -> str:
