@@ -85,13 +85,14 @@ def test_decode(small):
     result = checked(decode.run(DECODE, silent))
     models, kinds = ("", "random_"), ("", "steps_")
     assert set(result.ratios) == {
-        f"decode_{kind}{name}b{batch}_over_{other}"
+        f"decode_{kind}{name}b{batch}_over_{other}{variant}"
         for kind in kinds
         for name in models
         for batch in (1, 3)
         for other in ("generate", "sequential")
+        for variant in ("", "_half")
     }
-    assert len(result.checks) == 16 and all(check["rows"] for check in result.checks)
+    assert len(result.checks) == 32 and all(check["rows"] for check in result.checks)
     for found in result.measurements:
         assert len(found["seconds"]) == len(found["seconds_one_token"]) == 1
         assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["median"])

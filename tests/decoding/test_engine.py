@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from mirage_vlm.decoding import (
     SpanClosed,
     SpanOpened,
     TextPiece,
-    native,
 )
 from mirage_vlm.decoding import blocks as blocks_module
 from mirage_vlm.errors import MirageError
@@ -84,26 +82,39 @@ def test_all_ways_of_attending_agree(tiny, prompts, monkeypatch, way, n, evict):
             assert said is None or said == pytest.approx(other, abs=1e-4)
 
 
-def test_the_kernel_is_used_where_it_can_be(tiny, fresh, monkeypatch):
-    if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
-        assert Engine(tiny)._native
-    assert not Engine(tiny, EngineConfig(native=False))._native
-    assert not Engine(fresh.to(torch.bfloat16))._native, "it knows float32 only"
+@pytest.mark.parametrize("way", ["kernel", "by-pieces", "side-by-side"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_cache_in_half_precision_is_near_to_the_models_own(tiny, prompts, monkeypatch, way, dtype):
+    monkeypatch.setattr(blocks_module, "FEW_BLOCKS", 10_000 if way == "side-by-side" else 0)
+    exact = tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4, logprobs=True)
+    engine = Engine(tiny, EngineConfig(native=way == "kernel", cache_dtype=dtype))
+    assert {store.dtype for layer in engine.pool.layers for store in layer} == {getattr(torch, dtype)}
+    for prompt, row in zip(prompts, exact, strict=True):
+        engine.submit(prompt, replay=row, latent_size=4, logprobs=True)
+    apart = [
+        abs(said - other)
+        for row, near in zip(exact, finished(engine), strict=True)
+        for said, other in zip(row.decoding.logprobs, near.decoding.logprobs, strict=True)
+        if said is not None
+    ]
+    assert 0 < max(apart) < (1e-2 if dtype == "float16" else 1e-1)
 
 
-def test_a_kernel_that_cannot_be_built_is_told_and_done_without(tiny, prompts, alone, monkeypatch, tmp_path, caplog):
-    broken = tmp_path / "attend.c"
-    broken.write_text("this is not C")
-    monkeypatch.setattr(native, "SOURCE", broken)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.load.cache_clear()
-    try:
-        assert_same(tiny.generate(prompts[:3], max_new_tokens=TOKENS, latent_size=4), alone[:3])
-        if native.compiler() is not None:
-            assert "the attention kernel could not be built" in caplog.text
-        assert not list((tmp_path / "mirage-vlm").glob("*.so"))
-    finally:
-        native.load.cache_clear()
+def test_a_cache_of_an_unknown_dtype_is_refused():
+    with pytest.raises(MirageError, match="cache_dtype must be one of float32, float16, bfloat16, not 'int8'"):
+        EngineConfig(cache_dtype="int8")
+
+
+def test_a_quiet_request_tells_of_its_end_alone(tiny, prompts, alone):
+    engine = Engine(tiny)
+    for i, prompt in enumerate(prompts):
+        engine.submit(prompt, max_new_tokens=TOKENS, latent_size=4, quiet=i % 2 == 0)
+    events = list(engine.run())
+    told = {event.request for event in events if not isinstance(event, Finished)}
+    assert told == {i for i, row in enumerate(alone) if i % 2 and row.decoding.token_ids}
+    assert_same(
+        [event.trajectory for event in sorted(events, key=lambda e: e.request) if isinstance(event, Finished)], alone
+    )
 
 
 def test_sixty_four_mixed_requests_equal_one_at_a_time(tiny, prompts):

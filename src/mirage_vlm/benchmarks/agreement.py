@@ -22,6 +22,7 @@ def agree(
     prompts: Sequence[Trajectory],
     found: Sequence[list[int]],
     expected: Sequence[list[int]],
+    tie: float | None = None,
 ) -> dict[str, Any]:
     """Compare greedy responses token for token.
 
@@ -30,6 +31,7 @@ def agree(
 
     Args:
         what: names the two ways.
+        tie: how near two log-probabilities must be to be equally likely; None takes that of the model's dtype.
 
     Returns:
         How many rows were compared, and how many of them parted at a tie.
@@ -37,6 +39,7 @@ def agree(
     Raises:
         Disagreement: a row differs otherwise.
     """
+    tie = TIES[vlm.model.dtype] if tie is None else tie
     ties = 0
     for i, (prompt, one, other) in enumerate(zip(prompts, found, expected, strict=True)):
         if one == other:
@@ -45,7 +48,7 @@ def agree(
         if at is None:
             raise Disagreement(f"{what}: row {i} has {len(one)} tokens one way and {len(other)} the other")
         chances = [_chance(vlm, prompt, tokens[: at + 1]) for tokens in (one, other)]
-        if None in chances or abs(chances[0] - chances[1]) > TIES[vlm.model.dtype]:  # type: ignore[operator]
+        if None in chances or abs(chances[0] - chances[1]) > tie:  # type: ignore[operator]
             raise Disagreement(
                 f"{what}: row {i} differs at token {at}: {one[at]} or {other[at]}, of log-probability "
                 f"{chances[0]} and {chances[1]}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mirage_vlm.benchmarks.agreement import agree
+from mirage_vlm.benchmarks.agreement import TIES, agree
 from mirage_vlm.benchmarks.bounds import Memory, Reading
 from mirage_vlm.benchmarks.harness import Result, Sheet, Tell, Way, interleave, over
 from mirage_vlm.benchmarks.published import decode_one
@@ -27,6 +27,7 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import ScratchConfig
 from mirage_vlm.trajectory import Trajectory
 
+COMPILED, HALF = "_compiled", "_half"
 ATTENTIONS = ("sdpa", "eager")  # of transformers' own ways; the faster one counts
 
 
@@ -61,7 +62,8 @@ class DecodeSettings:
 
     Attributes:
         batches: prompts decoded together.
-        compiled: also measure the engine with a compiled decode step.
+        compiled: also measure the engine with a compiled decode step, and with that and a cache in half precision;
+            without, the latter is measured with the eager step.
     """
 
     cases: tuple[Case, ...] = (Case("bundled", None, 256, 3), Case("random", RANDOM, 32, 3, sequential=4, calls=1))
@@ -69,6 +71,11 @@ class DecodeSettings:
     compiled: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """How the engine is set up: what is appended to the names of its ways."""
+        return ("", COMPILED, COMPILED + HALF) if self.compiled else ("", HALF)
 
     @classmethod
     def quick(cls) -> DecodeSettings:
@@ -162,11 +169,13 @@ class _Measured:
         prompts = planning(max(*self.settings.batches, case.sequential, case.calls), "test")
         for batch in self.settings.batches:
             own = prompts[: max(batch, case.calls)]
-            for compiled in (False, True)[: 1 + self.settings.compiled]:
-                engine = engine_for(vlm, own, case.new_tokens, rows=batch, compiled=compiled)
+            for variant in self.settings.variants:
+                half = "float16" if HALF in variant else None
+                engine = engine_for(
+                    vlm, own, case.new_tokens, rows=batch, compiled=COMPILED in variant, cache_dtype=half
+                )
                 for way, spans in (("engine", None), ("engine_text", 0)):
-                    way += "_compiled" if compiled else ""
-                    things.append(_Thing(batch, way, own, partial(_by_engine, engine, spans)))
+                    things.append(_Thing(batch, way + variant, own, partial(_by_engine, engine, spans)))
             things += [_Thing(batch, f"generate_{a}", own, partial(_by_generate, vlm, a)) for a in ATTENTIONS]
         few = prompts[: case.sequential]
         return things + [_Thing(1, f"sequential_{a}", few, partial(_one_by_one, vlm, a)) for a in ATTENTIONS]
@@ -185,7 +194,7 @@ class _Measured:
         prefix = "" if self.case.shape is None else f"{self.case.name}_"
         for kind, rate in (("", "tokens_per_second"), ("steps_", "steps_tokens_per_second")):
             for batch in self.settings.batches:
-                for suffix in ("", "_compiled")[: 1 + self.settings.compiled]:
+                for suffix in self.settings.variants:
                     name = f"decode_{kind}{prefix}b{batch}_over"
                     text = self._rate(rate, batch, f"engine_text{suffix}")
                     ours = self._rate(rate, batch, f"engine{suffix}")
@@ -199,13 +208,14 @@ class _Measured:
             found, expected = (self.runs[thing.name].output for thing in (one, other))
             n = min(len(found), len(expected))
             what = f"{self.case.name}: {one.name} and {other.name}"
-            return agree(self.vlm, what, one.prompts[:n], found[:n], expected[:n])
+            least = TIES[torch.float16] if HALF in one.way else None
+            return agree(self.vlm, what, one.prompts[:n], found[:n], expected[:n], least)
 
         checks = []
         for batch in self.settings.batches:
             for way, other in (("engine_text", "generate"), ("engine", "sequential")):
                 baselines = [self.things[f"batch {batch if way != 'engine' else 1}, {other}_{a}"] for a in ATTENTIONS]
-                for suffix in ("", "_compiled")[: 1 + self.settings.compiled]:
+                for suffix in self.settings.variants:
                     checks += [compare(self.things[f"batch {batch}, {way}{suffix}"], b) for b in baselines]
         return checks
 

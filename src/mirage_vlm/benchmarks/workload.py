@@ -84,11 +84,17 @@ def drawn(example: Trajectory) -> Trajectory:
 
 
 def engine_for(
-    vlm: LatentVLM, prompts: Sequence[Trajectory], new_tokens: int, *, rows: int | None = None, compiled: bool = False
+    vlm: LatentVLM,
+    prompts: Sequence[Trajectory],
+    new_tokens: int,
+    *,
+    rows: int | None = None,
+    compiled: bool = False,
+    cache_dtype: str | None = None,
 ) -> Engine:
     """An engine with just enough room, which keeps no picture from one call to the next."""
     rows = rows or len(prompts)
-    config = EngineConfig(max_rows=rows, image_cache=0, compile=compiled)
+    config = EngineConfig(max_rows=rows, image_cache=0, compile=compiled, cache_dtype=cache_dtype)
     longest = max(len(vlm.encoder.prompt(p.prompt)[0]) for p in prompts)
     blocks = sum(-(-positions // config.block_size) for positions in (longest, new_tokens))
     return Engine(vlm, replace(config, max_batch_tokens=rows * blocks * config.block_size))
@@ -96,7 +102,7 @@ def engine_for(
 
 def decode(engine: Engine, prompts: Sequence[Trajectory], generation: GenerationConfig) -> list[list[int]]:
     """The tokens of each response, from prompts as users have them to text as users get it."""
-    numbers = [engine.submit(prompt, generation) for prompt in prompts]
+    numbers = [engine.submit(prompt, generation, quiet=True) for prompt in prompts]
     done = {event.request: event.trajectory.decoding for event in engine.run() if isinstance(event, Finished)}
     return [list(found.token_ids) for number in numbers if (found := done[number]) is not None]
 

@@ -1,10 +1,14 @@
-/* Attention of one new position a row over a paged cache, float32, on the CPU: see native.py.
+/* Attention of one new position a row over a paged cache, on the CPU: see native.py. Queries, new keys and values and
+ * the result are float32; the cache is float32 or, where the processor converts it (F16C), float16.
  *
  * One task is one row and one key-value head: it writes the new key and value to their place, then reads the
  * row's blocks once, keeping a running softmax in base 2. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 #define LANES 8
 #define MAX_WIDTH 512
@@ -17,8 +21,8 @@ typedef struct {
     const float *query;   /* [rows, heads, each, width] */
     const float *fresh_k; /* [rows, heads, width] */
     const float *fresh_v; /* the same */
-    float *keys;          /* [blocks, heads, size, width] */
-    float *values;        /* the same */
+    void *keys;           /* [blocks, heads, size, width] */
+    void *values;         /* the same */
     const int64_t *table; /* [rows, most] a row's blocks: its own in order, then its prompt's */
     const int64_t *own;   /* [rows] how many of them are its own */
     const int64_t *length; /* [rows] index of the new position in the response */
@@ -28,6 +32,7 @@ typedef struct {
     const uint8_t *hidden; /* [blocks, size] positions that an evicted row does not see, or null */
     const uint8_t *evicted; /* [rows], or null */
     int64_t rows, heads, each, width, size, most;
+    int64_t half;         /* the cache is float16 */
     float scale; /* of scores, for base 2 */
 } Step;
 
@@ -50,16 +55,58 @@ static inline float power_of_two(float x) {
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 
+/* LANES numbers of the cache, the first of them at index `at`. */
+static inline vec cached(const void *store, int64_t at, const int half)
+{
+#ifdef __F16C__
+    if (half) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)store + at)));
+#endif
+    return load((const float *)store + at);
+}
+
+static inline void keep(void *store, int64_t at, const float *from, int64_t width, const int half)
+{
+#ifdef __F16C__
+    if (half) {
+        for (int64_t i = 0; i < width; i += LANES)
+            _mm_storeu_si128((__m128i *)((uint16_t *)store + at + i),
+                             _mm256_cvtps_ph((__m256)load(from + i), _MM_FROUND_TO_NEAREST_INT));
+        return;
+    }
+#endif
+    memcpy((float *)store + at, from, width * sizeof(float));
+}
+
+static inline const void *where(const void *store, int64_t at, const int half)
+{
+    return (const char *)store + at * (half ? sizeof(uint16_t) : sizeof(float));
+}
+
 static inline float total(vec a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
 
+/* The sums of LANES vectors. */
+static inline vec totals(const vec *a)
+{
+#ifdef __AVX__
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[0], (__m256)a[1]), _mm256_hadd_ps((__m256)a[2], (__m256)a[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a[4], (__m256)a[5]), _mm256_hadd_ps((__m256)a[6], (__m256)a[7]));
+    return (vec)(_mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31));
+#else
+    vec found;
+    for (int t = 0; t < LANES; t++) found[t] = total(a[t]);
+    return found;
+#endif
+}
+
 /* One query over a row's blocks. `lanes` is width / LANES: a constant where this is inlined with one, so that the
- * query and the sums stay in registers. */
+ * query and the sums stay in registers; so is `half`. */
 static inline __attribute__((always_inline)) void attend(
-    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int64_t lanes)
+    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int64_t lanes, const int half)
 {
     const int64_t width = lanes * LANES, area = s->size * width;
+    const int64_t step = half ? 4 : 2; /* loads of a cache line */
     vec q[MAX_WIDTH / LANES], sum[MAX_WIDTH / LANES];
-    float weight[MAX_SIZE], top = -INFINITY, mass = 0.0f;
+    float weight[MAX_SIZE + LANES], top = -INFINITY, mass = 0.0f;
     for (int64_t i = 0; i < lanes; i++) { q[i] = load(query + i * LANES) * s->scale; sum[i] = (vec){0}; }
     for (int64_t j = 0; j < s->most; j++) {
         const int mine = j < s->own[row];
@@ -67,18 +114,31 @@ static inline __attribute__((always_inline)) void attend(
         if (fill <= 0) { if (mine) continue; else break; }
         if (fill > s->size) fill = s->size;
         const int64_t b = s->table[row * s->most + j];
-        const float *k = s->keys + (b * s->heads + head) * area, *v = s->values + (b * s->heads + head) * area;
+        const void *k = where(s->keys, (b * s->heads + head) * area, half);
+        const void *v = where(s->values, (b * s->heads + head) * area, half);
         const uint8_t *unseen = s->hidden && !mine && s->evicted[row] ? s->hidden + b * s->size : 0;
-        float best = top;
-        for (int64_t t = 0; t < fill; t++) {
-            vec a = (vec){0};
-            for (int64_t i = 0; i < lanes; i++) {
-                a += q[i] * load(k + t * width + i * LANES);
-                if (i % 2 == 0) __builtin_prefetch(v + t * width + i * LANES); /* a block is a page: help over its edge */
+        int64_t t = 0;
+        for (; t + LANES <= s->size && t < fill; t += LANES) { /* what lies beyond `fill` is scored and not looked at */
+            vec a[LANES];
+            #pragma GCC unroll 8
+            for (int u = 0; u < LANES; u++) {
+                a[u] = q[0] * cached(k, (t + u) * width, half);
+                for (int64_t i = 1; i < lanes; i++) a[u] += q[i] * cached(k, (t + u) * width + i * LANES, half);
+                for (int64_t i = 0; i < lanes; i += step) /* a block is a page: help over its edge */
+                    __builtin_prefetch(where(v, (t + u) * width + i * LANES, half));
             }
-            weight[t] = unseen && unseen[t] ? -INFINITY : total(a);
-            best = weight[t] > best ? weight[t] : best;
+            *(vec *)(weight + t) = totals(a);
         }
+        for (; t < fill; t++) {
+            vec a = q[0] * cached(k, t * width, half);
+            for (int64_t i = 1; i < lanes; i++) a += q[i] * cached(k, t * width + i * LANES, half);
+            weight[t] = total(a);
+        }
+        if (unseen)
+            for (t = 0; t < fill; t++) weight[t] = unseen[t] ? -INFINITY : weight[t];
+        float best = top;
+        #pragma omp simd reduction(max : best)
+        for (t = 0; t < fill; t++) best = weight[t] > best ? weight[t] : best;
         if (best == -INFINITY) continue; /* nothing to see in this block */
         const float less = top == -INFINITY ? 0.0f : power_of_two(top - best);
         mass *= less;
@@ -86,21 +146,41 @@ static inline __attribute__((always_inline)) void attend(
         top = best;
         float added = 0.0f;
         #pragma omp simd reduction(+ : added)
-        for (int64_t t = 0; t < fill; t++) {
+        for (t = 0; t < fill; t++) {
             weight[t] = weight[t] == -INFINITY ? 0.0f : power_of_two(weight[t] - top);
             added += weight[t];
         }
         mass += added;
         const int64_t after = j + 1 < s->most ? s->table[row * s->most + j + 1] : b;
-        const float *next = s->keys + (after * s->heads + head) * area;
-        for (int64_t t = 0; t < fill; t++)
+        const void *next = where(s->keys, (after * s->heads + head) * area, half);
+        for (t = 0; t < fill; t++)
             for (int64_t i = 0; i < lanes; i++) {
-                sum[i] += weight[t] * load(v + t * width + i * LANES);
-                if (i % 2 == 0) __builtin_prefetch(next + t * width + i * LANES);
+                sum[i] += weight[t] * cached(v, t * width + i * LANES, half);
+                if (i % step == 0) __builtin_prefetch(where(next, t * width + i * LANES, half));
             }
     }
     const float scale = mass > 0.0f ? 1.0f / mass : 0.0f;
     for (int64_t i = 0; i < lanes; i++) *(vec *)(out + i * LANES) = sum[i] * scale;
+}
+
+static inline __attribute__((always_inline)) void attend_any(
+    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int half)
+{
+    switch (s->width) {
+        case 32: attend(s, row, head, query, out, 4, half); break;
+        case 64: attend(s, row, head, query, out, 8, half); break;
+        default: attend(s, row, head, query, out, s->width / LANES, half);
+    }
+}
+
+/* Whether a float16 cache can be read. */
+int mirage_half(void)
+{
+#ifdef __F16C__
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 void mirage_attend(const Step *s, int threads)
@@ -109,16 +189,13 @@ void mirage_attend(const Step *s, int threads)
     for (int64_t task = 0; task < s->rows * s->heads; task++) {
         const int64_t row = task / s->heads, head = task % s->heads, width = s->width;
         const int64_t place = ((s->block[row] * s->heads + head) * s->size + s->offset[row]) * width;
-        memcpy(s->keys + place, s->fresh_k + task * width, width * sizeof(float));
-        memcpy(s->values + place, s->fresh_v + task * width, width * sizeof(float));
+        keep(s->keys, place, s->fresh_k + task * width, width, s->half);
+        keep(s->values, place, s->fresh_v + task * width, width, s->half);
         for (int64_t g = 0; g < s->each; g++) {
             const float *query = s->query + (task * s->each + g) * width;
             float *out = s->out + (task * s->each + g) * width;
-            switch (width) {
-                case 32: attend(s, row, head, query, out, 4); break;
-                case 64: attend(s, row, head, query, out, 8); break;
-                default: attend(s, row, head, query, out, width / LANES);
-            }
+            if (s->half) attend_any(s, row, head, query, out, 1);
+            else attend_any(s, row, head, query, out, 0);
         }
     }
 }

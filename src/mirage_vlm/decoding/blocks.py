@@ -48,7 +48,7 @@ class Prefill:
             rows, heads, length, width = new.shape
             padded = F.pad(new, (0, 0, 0, -length % self.pool.size))
             pieces = padded.view(rows, heads, -1, self.pool.size, width).transpose(1, 2)
-            store[self.blocks] = pieces.reshape(-1, heads, self.pool.size, width)
+            store[self.blocks] = pieces.reshape(-1, heads, self.pool.size, width).to(store.dtype)
         # padding stands to the right, so causal order alone keeps it from being read
         found = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -122,8 +122,8 @@ class Step:
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
         keys, values = self.pool.layers[layer]
-        keys[self.block, :, self.offset] = key[:, :, 0]
-        values[self.block, :, self.offset] = value[:, :, 0]
+        keys[self.block, :, self.offset] = key[:, :, 0].to(keys.dtype)
+        values[self.block, :, self.offset] = value[:, :, 0].to(values.dtype)
         rows, heads, _, width = query.shape
         query = query.reshape(rows, key.shape[1], heads // key.shape[1], width)  # [B, K, G, d]
         if self.few:
@@ -134,9 +134,10 @@ class Step:
 
     def _side_by_side(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Ordinary attention over a copy of each row's blocks; [B, K, G, d] scaled queries → the same shape."""
-        own_keys, own_values = (t.transpose(0, 1)[:, self.table].flatten(2, 3) for t in (keys, values))  # [K, B, T, d]
+        both = (t.transpose(0, 1)[:, self.table].flatten(2, 3) for t in (keys, values))
+        own_keys, own_values = (t.to(query.dtype) for t in both)  # [K, B, T, d]
         scores = torch.matmul(query.transpose(0, 1), own_keys.transpose(2, 3)) + self.bias[0]  # [K, B, G, T]
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, own_values).transpose(0, 1)
 
     def _piece_by_piece(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ def _score(
     Returns:
         The largest score and the sum of weights [n · R, K, G], and the weighted sum of values [n · R, K, G, d].
     """
-    keys, values = keys[region.low : region.high], values[region.low : region.high]
+    keys, values = (t[region.low : region.high].to(query.dtype) for t in (keys, values))
     blocks, slots = region.readers.shape
     _, groups, each, width = query.shape
     if slots == 1:

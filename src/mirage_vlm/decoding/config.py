@@ -10,6 +10,7 @@ import torch
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import STOP_RULES
 
+CACHE_DTYPES = ("float32", "float16", "bfloat16")
 LatentHook = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 
 
@@ -83,12 +84,15 @@ class EngineConfig:
             `memory_fraction` of what is free on the device.
         memory_fraction: share of the device's free memory for keys and values, without `max_batch_tokens`.
         block_size: positions of a cache block, the grain of `max_batch_tokens`.
+        cache_dtype: of keys and values in the cache: `float32`, `float16` or `bfloat16`; None takes the model's. Half
+            precision under a float32 model halves what a step reads and what a position takes; results are then
+            close to those of float32, not equal.
         prefill_tokens: most positions, padding included, of one pass over prompts.
         image_cache: picture features that are kept for prompts to come, in patches.
         look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
             a look. None: each step on a CPU, every 8 elsewhere.
-        native: on a CPU, in float32 and where a C compiler is found, attend by a small C kernel, compiled on first use
-            (a second) and kept in `~/.cache/mirage-vlm`; otherwise by torch's operations.
+        native: on a CPU, for a float32 model and where a C compiler is found, attend by a small C kernel, compiled on
+            first use (a second) and kept in `~/.cache/mirage-vlm`; otherwise by torch's operations.
         compile: compile the decode step with `torch.compile`, which takes half a minute or so for each of a few kinds
             of step, and pays in long runs. On CUDA the step is replayed as a CUDA graph: rows, blocks and tables are
             padded to powers of two, so that there are few shapes, and all the memory of the cache is taken at once.
@@ -98,6 +102,7 @@ class EngineConfig:
     max_batch_tokens: int | None = None
     memory_fraction: float = 0.5
     block_size: int = 32
+    cache_dtype: str | None = None
     prefill_tokens: int = 16384
     image_cache: int = 16384
     look_every: int | None = None
@@ -109,6 +114,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MirageError(f"{name} must be positive: {value}")
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise MirageError(f"cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
         if not 0 < self.memory_fraction <= 1:
             raise MirageError(f"memory_fraction must be in (0, 1]: {self.memory_fraction}")
         if self.image_cache < 0:

@@ -53,7 +53,8 @@ class Engine:
         if other := set(text.layer_types) - {"full_attention"}:
             raise MirageError(f"the engine knows full attention only; this model has layers of {', '.join(other)}")
         self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
-        size, dtype = config.block_size, vlm.model.dtype
+        size = config.block_size
+        dtype = vlm.model.dtype if config.cache_dtype is None else getattr(torch, config.cache_dtype)
         if config.max_batch_tokens is None:
             room = config.memory_fraction * _free_memory(self.device)
             limit = int(room / BlockPool.bytes_per_block(text, size, dtype))
@@ -71,7 +72,7 @@ class Engine:
         self._requests, self._responses = count(), count()
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
-        self._native = config.native and native.usable(self.pool)
+        self._native = config.native and native.usable(self.pool, vlm.model.dtype)
         self._decode = _compiled(self.device.type) if config.compile else run_paged
 
     # -- what users call ---------------------------------------------------------------------------------------
@@ -87,6 +88,7 @@ class Engine:
         config: GenerationConfig | None = None,
         *,
         replay: Trajectory | None = None,
+        quiet: bool = False,
         **changes: object,
     ) -> int:
         """Put a request into the queue.
@@ -97,6 +99,7 @@ class Engine:
             replay: a decoded trajectory; its tokens are consumed again instead of chosen ones, and its latents
                 instead of the model's own where it holds them. With `logprobs=True` the result says how likely
                 each token was.
+            quiet: of its events give out `Finished` alone, which spares the host most of its work.
             changes: fields of `config` to replace.
 
         Returns:
@@ -130,7 +133,9 @@ class Engine:
         for sample in range(config.n):
             index = next(self._responses)
             seed = config.seed + sample if config.seeds is None else config.seeds[sample]
-            response = Response(self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own)
+            response = Response(
+                self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own, quiet=quiet
+            )
             self.queue.append(response)
         return request
 

@@ -50,7 +50,7 @@ def generate(
             # pictures are processed as they are needed: those of a long list would not fit in memory
             while submitted < len(prompts) and len(running.queue) < running.config.max_rows:
                 own = replace(config, seeds=seeds[submitted * n : (submitted + 1) * n])
-                running.submit(prompts[submitted], own)
+                running.submit(prompts[submitted], own, quiet=True)
                 submitted += 1
             finished = [event for event in running.step() if isinstance(event, Finished)]
             done |= {(event.request, event.sample): event.trajectory for event in finished}

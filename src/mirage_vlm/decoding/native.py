@@ -1,8 +1,8 @@
 """Paged attention on the CPU by a small C kernel, compiled on first use where a C compiler is found.
 
 torch has no attention over a paged cache for the CPU, and what `blocks` composes of its operations passes over
-memory several times. The kernel, `attend.c`, reads each key and value once. Without a compiler, in other dtypes and
-on other devices the engine uses torch's operations; a test holds the two together.
+memory several times. The kernel, `attend.c`, reads each key and value once, from a cache in float32 or float16. Without
+a compiler, in other dtypes and on other devices the engine uses torch's operations; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGEST = 512  # of a block and of a head, as in the source
 class _Arguments(ctypes.Structure):
     """`Step` of the source."""
 
-    _fields_ = [(f"p{i}", ctypes.c_void_p) for i in range(14)] + [(f"n{i}", ctypes.c_int64) for i in range(6)]
+    _fields_ = [(f"p{i}", ctypes.c_void_p) for i in range(14)] + [(f"n{i}", ctypes.c_int64) for i in range(7)]
     _fields_ += [("scale", ctypes.c_float)]
 
 
@@ -70,14 +70,18 @@ def load() -> ctypes.CDLL | None:
         return None
     kernel.mirage_attend.argtypes = [ctypes.POINTER(_Arguments), ctypes.c_int]
     kernel.mirage_attend.restype = None
+    kernel.mirage_half.restype = ctypes.c_int
     return kernel
 
 
-def usable(pool: BlockPool) -> bool:
-    """Whether the kernel can attend over this pool."""
+def usable(pool: BlockPool, dtype: torch.dtype) -> bool:
+    """Whether the kernel can attend over this pool, in a model of that dtype."""
     *_, size, width = pool.shape
-    fits = width % 8 == 0 and pool.device.type == "cpu" and pool.dtype == torch.float32 and max(size, width) <= LARGEST
-    return fits and load() is not None
+    fits = width % 8 == 0 and pool.device.type == "cpu" and dtype == torch.float32 and max(size, width) <= LARGEST
+    if not fits or pool.dtype not in (torch.float32, torch.float16):
+        return False
+    kernel = load()
+    return kernel is not None and (pool.dtype == torch.float32 or bool(kernel.mirage_half()))
 
 
 @dataclass
@@ -140,7 +144,8 @@ def _attend(
     found = query.new_empty(rows, 1, heads, width)
     tensors = (found, query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    arguments = _Arguments(*pointers, rows, groups, heads // groups, width, keys.shape[2], table.shape[1], scale)
+    sizes = (rows, groups, heads // groups, width, keys.shape[2], table.shape[1], keys.dtype == torch.float16)
+    arguments = _Arguments(*pointers, *sizes, scale)
     few = table.numel() < 32  # waking threads would cost more than the work
     kernel.mirage_attend(ctypes.byref(arguments), 1 if few else torch.get_num_threads())
     return found

@@ -75,6 +75,7 @@ class Response:
         thinking: the token chosen last is a latent that was not consumed yet.
         evicted: the prompt's pictures are out of its sight.
         held: text tokens whose text was not given out yet.
+        quiet: tell nothing but the end: pieces of text cost the host more than anything else it does.
     """
 
     vlm: LatentVLM
@@ -95,53 +96,55 @@ class Response:
     thinking: bool = False
     evicted: bool = False
     held: list[int] = field(default_factory=list)
+    quiet: bool = False
 
-    def consumed(self, vector: torch.Tensor | None) -> Iterator[Event]:
+    def consumed(self, vector: torch.Tensor | None) -> list[Event]:
         """A latent was fed back; `vector` [D] where it is kept."""
         self.thinking = False
         if vector is not None and self.config.latent_dtype == "float32":
             vector = vector.float()
         self.spans[-1].append(vector)
-        yield LatentConsumed(self.request, self.sample, vector)
+        return [] if self.quiet else [LatentConsumed(self.request, self.sample, vector)]
 
-    def wrote(self, entry: int, chance: float) -> Iterator[Event]:
+    def wrote(self, entry: int, chance: float) -> list[Event]:
         """Take an entry of the device's log (see `Chooser`)."""
         latent = self.vlm.config
+        self.chances.append(chance)
         if entry <= -2:
             self.stop_id = -2 - entry
-            self.chances.append(chance)
-            return
+            return []
         self.tokens.append(entry)
-        self.chances.append(chance)
+        events: list[Event] = []
         if entry == latent.start_id:
-            yield from self._piece(whole=True)
+            events = [*self._piece(whole=True), SpanOpened(self.request, self.sample)]
             self.spans.append([])
-            yield SpanOpened(self.request, self.sample)
         elif entry == latent.end_id:
             self.evicted = self.config.evict_images
-            yield SpanClosed(self.request, self.sample, len(self.spans[-1]))
+            events = [SpanClosed(self.request, self.sample, len(self.spans[-1]))]
         elif entry == latent.pad_id:
             self.thinking = True
-        else:
+        elif not self.quiet:
             self.held.append(entry)
-            yield from self._piece(whole=False)
+            events = self._piece(whole=False)
+        return [] if self.quiet else events
 
-    def finish(self, reason: str) -> Iterator[Event]:
+    def finish(self, reason: str) -> list[Event]:
         """The last events."""
         if self.thinking:  # cancelled before it was consumed
             self.tokens.pop()
             self.chances.pop()
         self.finish_reason = reason
-        yield from self._piece(whole=True)
-        yield Finished(self.request, self.sample, self.trajectory())
+        return [*self._piece(whole=True), Finished(self.request, self.sample, self.trajectory())]
 
-    def _piece(self, whole: bool) -> Iterator[Event]:
+    def _piece(self, whole: bool) -> list[Event]:
         """Text of the tokens held back, as soon as it cannot change by what follows."""
+        if not self.held:
+            return []
         text = self.vlm.tokenizer.decode(self.held, skip_special_tokens=True)
-        if whole or not text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character
-            if text:
-                yield TextPiece(self.request, self.sample, text)
-            self.held.clear()
+        if not whole and text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character
+            return []
+        self.held.clear()
+        return [TextPiece(self.request, self.sample, text)] if text else []
 
     def trajectory(self) -> Trajectory:
         """The prompt with what was decoded."""

@@ -142,11 +142,16 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
 
 
 def forced_tokens(vlm: LatentVLM, replay: Trajectory) -> list[int]:
-    """The tokens of a replay, the end of turn among them."""
+    """The tokens of a replay, the end of turn among them.
+
+    A response that was cut inside a span had begun one latent more, which was not consumed and so not written: it is
+    begun again, or the last one of the replay would be that.
+    """
     decoding = replay.decoding
     assert decoding is not None
     if decoding.finish_reason != "stop":
-        return list(decoding.token_ids)
+        pad_id = vlm.config.pad_id
+        return [*decoding.token_ids, *([pad_id] if decoding.token_ids[-1:] == (pad_id,) else [])]
     return [*decoding.token_ids, vlm.tokenizer.eos_token_id if decoding.stop_id is None else decoding.stop_id]
 
 
