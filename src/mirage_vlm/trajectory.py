@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of a picture's width and height
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,15 @@ class LatentSpan:
 
     Attributes:
         helper: the helper image whose compressed features are the targets of the latents (training data).
-        k: number of latent tokens; None leaves it to the model's `latent_size`.
+        k: number of latent tokens; None leaves it to the model's `latent_size`, or to the number of regions.
+        regions: one box for each latent, whose target is what that part of the picture shows; None pools the whole
+            picture.
         latents: [k, D] the latent vectors that were consumed (decoded trajectories).
     """
 
     helper: Image | None = None
     k: int | None = None
+    regions: tuple[Box, ...] | None = None
     latents: torch.Tensor | None = None
 
 

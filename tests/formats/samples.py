@@ -69,7 +69,13 @@ def shape_of(trajectory: Trajectory) -> list:
         if isinstance(segment, Image):
             return segment.load().getpixel((0, 0))
         helper = segment.helper and segment.helper.load().getpixel((0, 0))
-        return ("latent", helper, segment.k, None if segment.latents is None else segment.latents.tolist())
+        return (
+            "latent",
+            helper,
+            segment.k,
+            None if segment.latents is None else segment.latents.tolist(),
+            segment.regions,
+        )
 
     turns = [(message.role, [plain(segment) for segment in message.segments]) for message in trajectory.messages]
     return [turns, trajectory.task, trajectory.answer, trajectory.meta, trajectory.decoding]
@@ -90,6 +96,8 @@ def varied(folder: Path) -> list[Trajectory]:
                 assistant_turn(
                     LatentSpan(helper=Image(images / "helper.png")),
                     LatentSpan(helper=Image(images / "map.png"), k=9),
+                    LatentSpan(Image(images / "map.png"), regions=((0.0, 0.25, 0.5, 1.0), (0.1, 0.0, 1.0, 0.3))),
+                    LatentSpan(k=1, regions=((0.0, 0.0, 1.0, 1.0),)),
                 ),
             )
         ),

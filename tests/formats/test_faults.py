@@ -25,7 +25,17 @@ def change(path: str, value: object):
 USER, ASSISTANT = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
 PACKED = {"shape": [1, 2], "dtype": "float32", "data": "AACAPwAAAEA="}
 
+REGIONS = "messages.1.content.1.regions"
+REGIONS_FIELD = "messages[1].content[1].regions"
+
 FAULTS = [
+    (change(REGIONS, "all"), REGIONS_FIELD, "must be a list of boxes"),
+    (change(REGIONS, []), REGIONS_FIELD, "must be a list of boxes"),
+    (change(REGIONS, [[0, 0, 1, 1], [0, 0, 1]]), REGIONS_FIELD, "[1] must be [left, top, right, bottom]"),
+    (change(REGIONS, [[0.5, 0, 0.5, 1]]), REGIONS_FIELD, "[0] must be"),
+    (change(REGIONS, [[0, 0, 1, 1.1]]), REGIONS_FIELD, "[0] must be"),
+    (change(REGIONS, [[0, True, 1, 1]]), REGIONS_FIELD, "[0] must be"),
+    (change(REGIONS, [[0, 0, 1, 1]]), "messages[1].content[1].k", "is 4, but there are 1 regions"),
     (change("messages", ...), "messages", "is missing"),
     (change("messages", []), "messages", "at least one message"),
     (change("messages", {}), "messages", "must be a list"),

@@ -36,6 +36,59 @@ def test_linear_starts_as_the_identity_and_learns():
     assert feedback.proj.weight.grad is not None
 
 
+def test_rescaled_has_the_length_of_a_typical_target():
+    targets, hidden = torch.randn(50, 7), 100 * torch.randn(3, 7)
+    feedback = build_feedback("rescaled", 7)
+    feedback.fit(targets)
+    size = sum(float(t.norm()) for t in targets) / 50
+    for state, found in zip(hidden, feedback(hidden), strict=True):
+        torch.testing.assert_close(found, state / state.norm() * size)
+
+
+def test_a_codebook_is_a_mixture_of_its_table():
+    feedback, hidden = build_feedback("codebook", 7, codes=5), torch.randn(3, 7)
+    feedback.table.normal_()
+    for state, found in zip(hidden, feedback(hidden), strict=True):
+        weights = (feedback.head.weight @ state + feedback.head.bias).exp()
+        expected = sum(w * entry for w, entry in zip(weights / weights.sum(), feedback.table, strict=True))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_codebook_finds_the_clusters_of_its_targets():
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(6, 7, generator=generator)
+    which = torch.randint(6, (300,), generator=generator)
+    targets = centres[which] + 0.01 * torch.randn(300, 7, generator=generator)
+    feedback = build_feedback("codebook", 7, codes=6)
+    feedback.fit(targets)
+    assert torch.cdist(centres, feedback.table).min(dim=1).values.max() < 0.1
+    assert (feedback.consumed(targets) - targets).norm(dim=1).max() < 0.2
+    with pytest.raises(MirageError, match="a table of 6 codes cannot be made of 5 targets"):
+        feedback.fit(targets[:5])
+
+
+def test_pause_thinks_the_same_whatever_the_state():
+    feedback = build_feedback("pause", 7)
+    feedback.fit(torch.full((4, 7), 2.0))
+    assert torch.equal(feedback(torch.randn(3, 7)), torch.full((3, 7), 2.0))
+    feedback(torch.randn(3, 7)).sum().backward()
+    assert feedback.vector.grad.tolist() == [3.0] * 7
+
+
+@pytest.mark.parametrize("name", sorted(FEEDBACKS))
+def test_every_feedback_is_saved_with_the_checkpoint(tiny, tmp_path, name):
+    parts = copy.deepcopy(tiny)
+    config = replace(tiny.config, feedback=name, codes=9)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, config)
+    vlm.feedback.fit(torch.randn(64, vlm.width))
+    vlm.save_pretrained(tmp_path / "saved")
+    loaded = LatentVLM.from_pretrained(tmp_path / "saved")
+    assert loaded.config == config
+    hidden = torch.randn(5, vlm.width)
+    assert torch.equal(vlm.feedback(hidden), loaded.feedback(hidden))
+    assert loaded.feedback_is_new == (not vlm.feedback.state_dict())
+
+
 @pytest.mark.parametrize("name", sorted(FEEDBACKS))
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
 def test_every_feedback_keeps_the_shape(name, shape):

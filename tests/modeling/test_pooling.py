@@ -1,11 +1,13 @@
 """Compression against sums written out patch by patch."""
 
+import random
+
 import pytest
 import torch
 from support import batch_of, dialogue, distance, span
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, pool, span_length
+from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, pool, region_averages, span_length
 
 WIDTH = 5
 
@@ -122,3 +124,23 @@ def test_targets_of_many_helpers_are_those_of_each_alone(tiny):
             size = len(patches) // one.k
             expected += [patches[j * size : (j + 1) * size].mean(dim=0) for j in range(one.k)]
     assert distance(found, torch.stack(expected)) < 1e-5
+
+
+def test_a_region_is_the_mean_of_the_patches_whose_centres_it_holds():
+    rng = random.Random(0)
+    for _ in range(100):
+        height, width = rng.randint(1, 6), rng.randint(1, 6)
+        patches = features(height, width)
+        box = [*sorted(rng.sample(range(101), 2)), *sorted(rng.sample(range(101), 2))]
+        left, right, top, bottom = (number / 100 for number in box)
+        held = [
+            patches[y * width + x]
+            for y in range(height)
+            for x in range(width)
+            if left <= (x + 0.5) / width < right and top <= (y + 0.5) / height < bottom
+        ]
+        if not held:
+            column, row = (left + right) / 2 * width, (top + bottom) / 2 * height
+            held = [patches[int(row) * width + int(column)]]
+        found = region_averages(patches, (height, width), torch.tensor([[left, top, right, bottom]]))
+        torch.testing.assert_close(found, mean_of(held)[None])

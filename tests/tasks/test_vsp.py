@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mirage_vlm.errors import MirageError
@@ -226,6 +227,59 @@ def test_perception_never_shows_a_plan_and_answers_match_the_map():
                 letter = {"start": "S", "gift": "G", "ice": "F", "hole": "H"}[what]
                 assert maze[int(row) - 1, int(column) - 1] == letter
         assert not example.spans
+
+
+def cell_in(box, side):
+    """The cell that a box in fractions of the picture is, exactly."""
+    left, top, right, bottom = (round(side * edge, 9) for edge in box)
+    assert (right - left, bottom - top) == (1, 1)
+    return int(top), int(left)
+
+
+@pytest.mark.parametrize("task", [PLANNING, REASONING], ids=lambda task: task.name)
+def test_every_style_thinks_the_same_cells(task):
+    """Cells in latents, step by step and in words: those that the simulator enters, without the start."""
+    data = GeneratedDataset(task.name, (3, 4, 5, 6), 60, seed=3, style="plain")
+    for i in range(60):
+        meta = data[i].meta
+        side = len(meta["map"])
+        record = {"map": meta["map"], "level": side}
+        if task is REASONING:
+            moves = meta["plan"]
+            safe = naive_walk(meta["map"], moves)[1] != "B"
+            record |= {"plan": moves, "steps": len(moves), "safe": safe}
+        else:
+            moves = data[i].answer.replace(",", "")
+        entered = naive_walk(meta["map"], moves)[0][1:]
+        made = {style: from_record(record, style=style) for style in task.styles}
+        assert {example.answer for example in made.values()} == {made["plain"].answer}
+        assert all(task.score(example).correct for example in made.values())
+        box = rf"\boxed{{{made['plain'].answer}}}"
+        for style in ("plain", "shown", "cells", "steps", "direct"):
+            assert made[style].text == box
+        named = "".join(f" r{row + 1}c{column + 1}" for row, column in entered)
+        assert made["words"].text == f"<think>{named}</think>{box}"
+        (span,) = made["cells"].spans
+        assert [cell_in(region, side) for region in span.regions] == entered
+        steps = made["steps"].spans
+        assert [cell_in(step.regions[0], side) for step in steps] == entered
+        for step, (row, column) in zip(steps, entered, strict=True):
+            plain, moved = (np.asarray(x.load()) for x in (next(made["plain"].images()), step.helper))
+            cells = {(r, c) for r in range(side) for c in range(side)}
+            differ = {(r, c) for r, c in cells if (plain != moved)[64 * r : 64 * r + 64, 64 * c : 64 * c + 64].any()}
+            assert differ <= {(row, column), made_start(meta["map"])}, "only the elf moves"
+        shown = list(made["shown"].images())
+        assert len(shown) == 2 and shown[1].load().tobytes() == made["direct"].spans[0].helper.load().tobytes()
+        assert [len(list(made[style].images())) for style in ("plain", "words", "cells")] == [1, 1, 1]
+
+
+def made_start(rows):
+    return next((r, row.index("S")) for r, row in enumerate(rows) if "S" in row)
+
+
+def test_the_shown_style_needs_its_picture():
+    with pytest.raises(MirageError, match="has the helper image in its prompt; give one"):
+        PLANNING.prompt(Image("x.png"), "shown")
 
 
 def test_parse_moves():

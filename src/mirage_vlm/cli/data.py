@@ -22,7 +22,17 @@ class Style(StrEnum):
 
     DIRECT = "direct"
     COT = "cot"
+    PLAIN = "plain"
+    CELLS = "cells"
+    STEPS = "steps"
+    WORDS = "words"
+    SHOWN = "shown"
     MIXED = "mixed"
+
+    @property
+    def written(self) -> str:
+        """The style of a single example."""
+        return "cot" if self is Style.MIXED else self.value
 
 
 class Target(StrEnum):

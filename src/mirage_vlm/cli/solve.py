@@ -49,7 +49,7 @@ def solve(
         except MirageError as fault:
             raise MirageError(f"{image}: {fault}; to ask something else about it, use --question") from fault
         details = {} if plan is None else {"plan": plan}
-        prompt = chosen.prompt(Image(scaled), "direct" if style is Style.DIRECT else "cot", **details)
+        prompt = chosen.prompt(Image(scaled), style.written, **details)
     vlm = load_model(model)
     found = vlm.generate(
         [Trajectory(prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, return_latents=False
@@ -76,7 +76,7 @@ def demo(
     from mirage_vlm.trajectory import Text
 
     seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
-    example = GeneratedDataset(task, (level,), 1, seed, "direct" if style is Style.DIRECT else "cot", "test")[0]
+    example = GeneratedDataset(task, (level,), 1, seed, style.written, "test")[0]
     picture = next(example.images()).load()
     if save is not None:
         _save(picture, save)

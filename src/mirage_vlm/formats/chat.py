@@ -3,7 +3,8 @@
 A record is `{"messages": [{"role", "content": [part, …]}, …], "task", "answer", "meta"}`, where a part is
 `{"type": "text", "text"}`, `{"type": "image", "image": path | URL | data URL}` (with `reading`, a list of words, where
 the decoder is to learn to read each patch in place) or, in an assistant turn,
-`{"type": "latent", "helper": path | URL | data URL, "k"}`. Keys with nothing to say are left out.
+`{"type": "latent", "helper": path | URL | data URL, "k", "regions"}`, where `regions` has a box `[left, top, right,
+bottom]`, in fractions of the picture, for each latent. Keys with nothing to say are left out.
 
 Read, but never written: `content` as a plain string; OpenAI's `{"type": "image_url", "image_url": {"url"}}`;
 image parts whose pictures are listed, in order, under `images` (TRL), and latent parts whose helper images
@@ -68,6 +69,8 @@ def _to_part(segment: Segment, source: ImageSource) -> dict[str, Any]:
         part["helper"] = source(segment.helper)
     if segment.k is not None:
         part["k"] = segment.k
+    if segment.regions is not None:
+        part["regions"] = [list(box) for box in segment.regions]
     if segment.latents is not None:
         part["latents"] = _pack(segment.latents)
     return part
@@ -115,10 +118,13 @@ def _segments(content: Any, base: Path | None) -> Iterator[Segment]:
         if part["type"] == "text":
             yield Text(part["text"])
         elif part["type"] == "latent":
-            helper, packed = part.get("helper"), part.get("latents")
+            helper, regions, packed = part.get("helper"), part.get("regions"), part.get("latents")
             yield LatentSpan(
                 helper=None if helper is None else read_picture(helper, base),
                 k=part.get("k"),
+                regions=None
+                if regions is None
+                else tuple((left, top, right, down) for left, top, right, down in regions),
                 latents=None if packed is None else _unpack(packed),
             )
         else:

@@ -127,19 +127,34 @@ def _latent_faults(
 ) -> Iterator[Fault]:
     if role in ROLES and role != "assistant":
         yield Fault(field, f"a latent span can only stand in an assistant turn, not in a {role} turn")
-    helper, k, packed = part.get("helper"), part.get("k"), part.get("latents")
-    if helper is None and packed is None:
+    helper, k, packed, regions = (part.get(key) for key in ("helper", "k", "latents", "regions"))
+    if helper is None and packed is None and regions is None:
         yield Fault(f"{field}.helper", "is missing; a latent span needs its helper image to be learnt from")
     elif helper is not None and (message := picture_fault(helper, base, check_files)):
         yield Fault(f"{field}.helper", message)
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         yield Fault(f"{field}.k", f"must be a whole number of at least 1, not {shown(k)}")
         k = None
+    if regions is not None:
+        if message := _regions_fault(regions):
+            yield Fault(f"{field}.regions", message)
+        elif k is not None and len(regions) != k:
+            yield Fault(f"{field}.k", f"is {k}, but there are {len(regions)} regions")
     if packed is not None:
         if message := _latents_fault(packed):
             yield Fault(f"{field}.latents", message)
         elif k is not None and packed["shape"][0] != k:
             yield Fault(f"{field}.k", f"is {k}, but the span holds {packed['shape'][0]} latents")
+
+
+def _regions_fault(regions: Any) -> str | None:
+    if not isinstance(regions, list) or not regions:
+        return f"must be a list of boxes, one for each latent, not {shown(regions)}"
+    for i, box in enumerate(regions):
+        numbers = isinstance(box, list) and all(isinstance(x, int | float) and type(x) is not bool for x in box)
+        if not numbers or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            return f"[{i}] must be [left, top, right, bottom] with 0 ≤ left < right ≤ 1 and so down, not {shown(box)}"
+    return None
 
 
 def _latents_fault(packed: Any) -> str | None:

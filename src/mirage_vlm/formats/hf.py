@@ -61,6 +61,7 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
         "type": text,
         "text": text,
         "k": number,
+        "regions": [[datasets.Value("float64")]],
         "latents": {"shape": [number], "dtype": text, "data": text},
     }
     features = datasets.Features(
@@ -84,7 +85,7 @@ def _to_row(trajectory: Trajectory) -> dict[str, Any]:
         meta = json.dumps(trajectory.meta, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError) as fault:
         raise MirageError(f"meta cannot be written as JSON: {fault}") from fault
-    keys = ("type", "text", "k", "latents")  # pictures go to their columns
+    keys = ("type", "text", "k", "regions", "latents")  # pictures go to their columns
     messages = [
         {**message, "content": [{key: part.get(key) for key in keys} for part in message["content"]]}
         for message in record["messages"]

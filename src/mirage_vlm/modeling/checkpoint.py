@@ -21,6 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
+from mirage_vlm.modeling.feedback import Feedback
 
 FEEDBACK_FILE = "latent_feedback.safetensors"
 
@@ -32,7 +33,8 @@ class Pretrained(nn.Module):
     tokenizer: Any
     image_processor: Any
     config: LatentConfig
-    feedback: nn.Module
+    feedback: Feedback
+    feedback_is_new: bool
 
     @classmethod
     def from_pretrained(
@@ -67,11 +69,12 @@ class Pretrained(nn.Module):
             if found != token_id:
                 raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
         vlm = cls(model, tokenizer, image_processor, config)
-        if config.feedback == saved.feedback and any(True for _ in vlm.feedback.parameters()):
+        if (config.feedback, config.codes) == (saved.feedback, saved.codes) and vlm.feedback.state_dict():
             weights = Path(path) / FEEDBACK_FILE
             if not weights.exists():
                 raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
             vlm.feedback.load_state_dict(load_file(weights))
+            vlm.feedback_is_new = False
         return vlm.to(device).eval() if device is not None else vlm.eval()
 
     @classmethod

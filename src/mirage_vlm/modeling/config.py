@@ -13,6 +13,7 @@ LATENT_END = "<|latent_end|>"
 LATENT_TOKENS = (LATENT_START, LATENT_PAD, LATENT_END)
 
 STOP_RULES = ("fixed", "learned")
+TARGETS = ("helper", "prompt")
 
 # field of LatentConfig -> key of config.json; the first five are those of the reference implementation
 _KEYS = {
@@ -23,6 +24,8 @@ _KEYS = {
     "pooling": "compress_strategy",
     "feedback": "latent_feedback",
     "stop_rule": "latent_stop_rule",
+    "target": "latent_target",
+    "codes": "latent_codes",
     "image_scale": "image_scale",
 }
 
@@ -37,6 +40,9 @@ class LatentConfig:
         pooling: how helper features become k targets; see `mirage_vlm.modeling.pooling`.
         feedback: how a hidden state becomes an input embedding; see `mirage_vlm.modeling.feedback`.
         stop_rule: `fixed` (a span has k latents) or `learned` (the model emits `latent_end`).
+        target: whose features the targets are: the span's `helper` image, or the first picture of the `prompt`, as in
+            "Latent Visual Reasoning" (arXiv 2509.24251), for spans with regions.
+        codes: entries of the table, for the feedback `codebook`.
         image_scale: factor by which pictures are resized before the image processor sees them.
     """
 
@@ -47,6 +53,8 @@ class LatentConfig:
     pooling: str = "average"
     feedback: str = "identity"
     stop_rule: str = "fixed"
+    target: str = "helper"
+    codes: int = 256
     image_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -54,6 +62,10 @@ class LatentConfig:
             raise MirageError(f"latent_size must be positive, not {self.latent_size}")
         if self.stop_rule not in STOP_RULES:
             raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
+        if self.target not in TARGETS:
+            raise MirageError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        if self.codes < 1:
+            raise MirageError(f"codes must be positive, not {self.codes}")
 
     @classmethod
     def read(cls, config: Any, where: str) -> LatentConfig:

@@ -40,12 +40,21 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: token ids [T], labels [T] (−100 = no loss), its pictures and its helper images."""
+    """One example.
+
+    Attributes:
+        input_ids: [T].
+        labels: [T], −100 = no loss.
+        images: its pictures.
+        helpers: the picture that each span's targets are taken from.
+        regions: [latents, 4] the box of each latent, NaN where its span has none; None where no span has.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     images: Pictures | None
     helpers: Pictures | None
+    regions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Encoder:
         prompt, images = self.prompt(trajectory.prompt)
         helpers = None
         if targets or self.config.pooling == "full":
-            helpers = self.pictures([_helper(span) for span in trajectory.spans])
+            helpers = self.pictures([self._target_picture(span, trajectory) for span in trajectory.spans])
         grids = [None] * len(trajectory.spans) if helpers is None else list(helpers.grid_thw)
         lengths = [self._span_length(span, grid) for span, grid in zip(trajectory.spans, grids, strict=True)]
         text = render_response(trajectory.response, lengths) + self.tokenizer.eos_token
@@ -105,7 +114,9 @@ class Encoder:
             pads &= ~pads.roll(1)  # the first pad of each span
         labels[pads] = IGNORED
         self._label_readings(labels, input_ids, trajectory, images)
-        return Encoded(input_ids, labels, images, helpers if targets else None)
+        if not targets:
+            return Encoded(input_ids, labels, images, None)
+        return Encoded(input_ids, labels, images, helpers, _regions(trajectory.spans, lengths))
 
     def pictures(self, images: Sequence[Image]) -> Pictures | None:
         """Pictures through the image processor, resized by the checkpoint's `image_scale` first.
@@ -139,28 +150,51 @@ class Encoder:
                 raise MirageError(f"the reading of {image} must be one token for each of its {len(patches)} patches")
             labels[patches + 1] = torch.tensor(ids).flatten()
 
-    def check_span(self, span: LatentSpan) -> None:
+    def check_span(self, span: LatentSpan, trajectory: Trajectory) -> None:
         """Whether a span can be trained on, from the size of its helper image alone.
 
         Raises:
-            MirageError: it has no helper image, the picture cannot be opened, or k is larger than its patches.
+            MirageError: it has no helper image, the picture cannot be opened, k is larger than its patches, or it is
+                not the number of its regions.
         """
-        width, height = self._scaled(_helper(span).size())
-        patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
-        span_length(self.config.pooling, patches, span.k or self.config.latent_size, span.helper)
+        picture = self._target_picture(span, trajectory)
+        width, height = self._scaled(picture.size())
+        if self._own_length(span) is None:
+            patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
+            span_length(self.config.pooling, patches, span.k or self.config.latent_size, picture)
+
+    def _target_picture(self, span: LatentSpan, trajectory: Trajectory) -> Image:
+        """What a span's targets are features of: its helper image, or the prompt's picture."""
+        if self.config.target == "prompt":
+            if (picture := next(trajectory.images(), None)) is None:
+                raise MirageError("the targets are to be taken from the prompt's picture, but the prompt has none")
+            return picture
+        if span.helper is None:
+            raise MirageError("a latent span has no helper image, so it cannot be trained on")
+        return span.helper
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = self.config.image_scale
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def _span_length(self, span: LatentSpan, grid: torch.Tensor | None) -> int:
-        k = self.config.latent_size if span.k is None else span.k
+        own = self._own_length(span)
+        k = own or (self.config.latent_size if span.k is None else span.k)
         if k < 1:
             raise MirageError(f"a latent span must have at least one latent, not k = {k}")
-        if grid is None:
+        if grid is None or own is not None:
             return k
         height, width = self.family.merged_grid(grid)
         return span_length(self.config.pooling, height * width, k, span.helper)
+
+    @staticmethod
+    def _own_length(span: LatentSpan) -> int | None:
+        """k of a span whose latents have regions; None of one that has none."""
+        if span.regions is None:
+            return None
+        if not span.regions or span.k not in (None, len(span.regions)):
+            raise MirageError(f"a latent span of k = {span.k} has {len(span.regions)} regions; it needs one a latent")
+        return len(span.regions)
 
     def _check_text(self, segments: Sequence[Segment]) -> None:
         """Text must not write the marks of pictures and spans itself."""
@@ -196,10 +230,12 @@ def render_response(segments: Sequence[Segment], lengths: Sequence[int]) -> str:
     )
 
 
-def _helper(span: LatentSpan) -> Image:
-    if span.helper is None:
-        raise MirageError("a latent span has no helper image, so it cannot be trained on")
-    return span.helper
+def _regions(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor | None:
+    """[latents, 4] boxes of all latents, NaN where a span has none; None where none has."""
+    if all(span.regions is None for span in spans):
+        return None
+    whole = (torch.nan,) * 4
+    return torch.tensor([b for s, k in zip(spans, lengths, strict=True) for b in s.regions or [whole] * k])
 
 
 def _template_part(segment: Segment) -> dict[str, Any]:

@@ -1,32 +1,63 @@
 """Feedback: from the last hidden state to the next input embedding, inside a latent span.
 
 A feedback is a module of its own, named in the checkpoint and saved with it. To add one, write the class and
-name it in `FEEDBACKS`; stage 2, decoding and everything built on them call it through `LatentVLM.recast`.
+name it in `FEEDBACKS`; training, decoding and everything built on them call it through `LatentVLM.recast`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mirage_vlm.errors import MirageError
 
+ROUNDS = 25  # of k-means
 
-class Identity(nn.Module):
-    """The hidden state itself, as in Mirage (arXiv 2506.17218) and Coconut (arXiv 2412.06769)."""
 
-    def __init__(self, width: int):
+class Feedback(nn.Module):
+    """What every feedback can be asked for.
+
+    Args:
+        width: D, of hidden states and input embeddings.
+        codes: C, entries of the table, where it has one.
+    """
+
+    def __init__(self, width: int, codes: int):
         super().__init__()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] last hidden states → [..., D] input embeddings."""
+        raise NotImplementedError
+
+    def fit(self, targets: torch.Tensor) -> None:
+        """Take what is to be known of the data from a sample of targets [n, D], before training begins."""
+
+    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
+        """[n, D] targets → [n, D] what stands in the place of latents when targets are given."""
+        return targets
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[n, D] hidden states → [n, C] logits of the table's entries; None where there is no table."""
+        return None
+
+    def labels(self, targets: torch.Tensor) -> torch.Tensor:
+        """[n, D] targets → [n] the table's entry nearest to each."""
+        raise NotImplementedError
+
+
+class Identity(Feedback):
+    """The hidden state itself, as in Mirage (arXiv 2506.17218) and Coconut (arXiv 2412.06769)."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 
-class Linear(nn.Module):
+class Linear(Feedback):
     """A learnt linear map that starts as the identity."""
 
-    def __init__(self, width: int):
-        super().__init__()
+    def __init__(self, width: int, codes: int):
+        super().__init__(width, codes)
         self.proj = nn.Linear(width, width)
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -35,15 +66,124 @@ class Linear(nn.Module):
         return self.proj(hidden)
 
 
-FEEDBACKS: dict[str, type[nn.Module]] = {"identity": Identity, "linear": Linear}
+class Rescaled(Feedback):
+    """The hidden state at the length of a typical target.
+
+    Hidden states can be hundreds of times as long as input embeddings (GAP, arXiv 2605.12374).
+    """
+
+    size: torch.Tensor
+
+    def __init__(self, width: int, codes: int):
+        super().__init__(width, codes)
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.normalize(hidden, dim=-1) * self.size
+
+    def fit(self, targets: torch.Tensor) -> None:
+        self.size.copy_(targets.norm(dim=-1).mean())
 
 
-def build_feedback(name: str, width: int) -> nn.Module:
-    """The feedback module of that name for hidden states of that width.
+class Codebook(Feedback):
+    """A mixture of a table of picture features: softmax over a learnt head, then the table's mean by it.
+
+    The table is made of the targets of the training data by k-means and stays as it is. So whatever the model thinks
+    is a mixture of what the vision tower says of pictures, and the right entry can be learnt by cross-entropy.
+    """
+
+    table: torch.Tensor
+
+    def __init__(self, width: int, codes: int):
+        super().__init__(width, codes)
+        self.head = nn.Linear(width, codes)
+        self.register_buffer("table", torch.zeros(codes, width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden).softmax(dim=-1) @ self.table
+
+    def fit(self, targets: torch.Tensor) -> None:
+        """k-means++ (Arthur and Vassilvitskii 2007), the same table for the same targets.
+
+        Entries that lose all their targets start anew at a target far from any entry.
+
+        Raises:
+            MirageError: there are fewer targets than entries.
+        """
+        count = len(self.table)
+        if len(targets) < count:
+            raise MirageError(f"a table of {count} codes cannot be made of {len(targets)} targets; lower model.codes")
+        targets = targets.to(self.table)
+        centres = targets[_far_apart(targets, count)]
+        for _ in range(ROUNDS):
+            apart = torch.cdist(targets, centres)  # [n, C]
+            near, mine = apart.min(dim=1)
+            sums = torch.zeros_like(centres).index_add_(0, mine, targets)
+            sizes = torch.bincount(mine, minlength=count)
+            lost = (sizes == 0).nonzero().flatten()
+            centres = sums / sizes.clamp(min=1).unsqueeze(1)
+            centres[lost] = targets[near.topk(len(lost)).indices]
+        self.table.copy_(centres)
+
+    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
+        return self.table[self.labels(targets)].to(targets.dtype)
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(hidden)
+
+    def labels(self, targets: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(targets.to(self.table), self.table).argmin(dim=1)
+
+
+def _far_apart(targets: torch.Tensor, count: int) -> torch.Tensor:
+    """[count] indices: each drawn by its squared distance from those before it."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(targets), (1,), generator=generator)
+    near = torch.full((len(targets),), torch.inf)
+    for _ in range(count - 1):
+        near = torch.minimum(near, (targets - targets[chosen[-1]]).square().sum(dim=1).cpu())
+        weights = near if near.any() else torch.ones_like(near)  # fewer different targets than entries
+        chosen = torch.cat([chosen, torch.multinomial(weights, 1, generator=generator)])
+    return chosen.to(targets.device)
+
+
+class Pause(Feedback):
+    """A learnt vector, whatever the hidden state: pause tokens (arXiv 2310.02226), the baseline that thinks nothing."""
+
+    def __init__(self, width: int, codes: int):
+        super().__init__(width, codes)
+        self.vector = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.vector.expand_as(hidden)
+
+    def fit(self, targets: torch.Tensor) -> None:
+        """Start at the mean target."""
+        self.vector.data.copy_(targets.mean(dim=0))
+
+    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
+        return self.vector.expand_as(targets)
+
+
+FEEDBACKS: dict[str, type[Feedback]] = {
+    "identity": Identity,
+    "linear": Linear,
+    "rescaled": Rescaled,
+    "codebook": Codebook,
+    "pause": Pause,
+}
+
+
+def build_feedback(name: str, width: int, codes: int = 256) -> Feedback:
+    """The feedback module of that name.
+
+    Args:
+        width: of hidden states.
+        codes: entries of a table.
 
     Raises:
         MirageError: there is none of that name.
     """
     if name not in FEEDBACKS:
         raise MirageError(f"unknown feedback {name!r}; choose one of {', '.join(FEEDBACKS)}")
-    return FEEDBACKS[name](width)
+    return FEEDBACKS[name](width, codes)

@@ -15,7 +15,7 @@ from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import build_feedback
-from mirage_vlm.modeling.pooling import check_pooling, pool
+from mirage_vlm.modeling.pooling import check_pooling, pool, region_averages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,7 +48,8 @@ class LatentVLM(Pretrained):
         self.family = family_of(model.config)
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         self.encoder = Encoder(tokenizer, image_processor, config, self.family)
-        self.feedback = build_feedback(config.feedback, self.width).to(model.device, model.dtype)
+        self.feedback_is_new = True  # its weights did not come with a checkpoint
+        self.feedback = build_feedback(config.feedback, self.width, config.codes).to(model.device, model.dtype)
         config.write(model.config)
 
     # -- what a latent span means ------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ class LatentVLM(Pretrained):
         lengths: Sequence[int],
         detach: bool = True,
         keys: Sequence[str] | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The targets of latent spans: each helper image through the vision tower, then pooled.
 
@@ -86,16 +88,22 @@ class LatentVLM(Pretrained):
             lengths: k of each span.
             detach: keep gradients out of the vision tower.
             keys: as for `image_features`.
+            regions: [sum of k, 4] the box of each latent that has one of its own, NaN for the others; None = no boxes.
 
         Returns:
             [sum of k, D] in span order.
         """
+        whole: list[torch.Tensor | None] = [None] * len(lengths)
+        boxes = whole if regions is None else regions.split(list(lengths))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             features = self.image_features(pixel_values, grid_thw, keys)
-            pooled = [
-                pool(patches, self.family.merged_grid(grid), k, self.config.pooling)
-                for patches, grid, k in zip(features, grid_thw, lengths, strict=True)
-            ]
+            pooled = []
+            for patches, grid, k, own in zip(features, grid_thw, lengths, boxes, strict=True):
+                shape = self.family.merged_grid(grid)
+                if own is None or bool(own[0].isnan().any()):
+                    pooled.append(pool(patches, shape, k, self.config.pooling))
+                else:
+                    pooled.append(region_averages(patches, shape, own))
             return torch.cat(pooled)
 
     # -- the pieces of a forward pass --------------------------------------------------------------------------

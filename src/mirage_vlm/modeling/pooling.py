@@ -43,6 +43,31 @@ def full(features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
     return features
 
 
+def region_averages(features: torch.Tensor, grid: tuple[int, int], boxes: torch.Tensor) -> torch.Tensor:
+    """Average the patches whose centres lie in each box; of a box without any, the patch its own centre lies in.
+
+    Args:
+        features: [n, D] merged patch features in raster order, n = h · w.
+        grid: (h, w).
+        boxes: [k, 4] left, top, right, bottom, as fractions of width and height.
+
+    Returns:
+        [k, D].
+    """
+    height, width = grid
+    boxes = boxes.to(features.device)
+    across = (torch.arange(width, device=features.device) + 0.5) / width
+    down = (torch.arange(height, device=features.device) + 0.5) / height
+    left, top, right, bottom = boxes.unbind(dim=1)
+    columns = (across >= left[:, None]) & (across < right[:, None])  # [k, w]
+    rows = (down >= top[:, None]) & (down < bottom[:, None])  # [k, h]
+    inside = (rows[:, :, None] & columns[:, None]).flatten(1)  # [k, n]
+    centre = ((top + bottom) / 2 * height).long() * width + ((left + right) / 2 * width).long()
+    nearest = F.one_hot(centre.clamp(max=height * width - 1), height * width).bool()
+    weights = torch.where(inside.any(dim=1, keepdim=True), inside, nearest).to(features.dtype)
+    return weights @ features / weights.sum(dim=1, keepdim=True)
+
+
 POOLINGS: dict[str, Pooling] = {
     "average": average,
     "grid": grid_average,

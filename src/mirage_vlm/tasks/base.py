@@ -36,6 +36,7 @@ class Task(ABC):
 
     name: str
     styles: tuple[str, ...] = ("direct", "cot")
+    mixture: tuple[str, ...] = ("direct", "cot")  # of the style `mixed`
 
     @abstractmethod
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Literal
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.trajectory import Box
 
 Cell = tuple[int, int]
 Outcome = Literal["goal", "hole", "safe"]
@@ -198,6 +199,12 @@ def simulate(maze: Maze, moves: Sequence[str]) -> Walk:
         if maze[cells[-1]] == "H":
             return Walk(tuple(cells), "hole")
     return Walk(tuple(cells), "goal" if cells[-1] == maze.goal else "safe")
+
+
+def box_of(cell: Cell, side: int) -> Box:
+    """Where a cell lies in a picture of a maze of that side."""
+    row, column = cell
+    return column / side, row / side, (column + 1) / side, (row + 1) / side
 
 
 def cell_name(cell: Cell) -> str:

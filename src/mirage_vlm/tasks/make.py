@@ -38,7 +38,7 @@ class GeneratedDataset(Sequence[Trajectory]):
         levels: side lengths of the maps, taken in turn: example i has `levels[i % len(levels)]`.
         n: number of examples.
         seed: another seed gives other examples; train and test stay disjoint by map across all seeds.
-        style: `direct`, `cot`, or `mixed` (any of the task's styles, by chance).
+        style: one of the task's styles, or `mixed` (those of its `mixture`, by chance).
         split: `train` or `test`.
         cell: pixels per side of a cell.
 
@@ -79,7 +79,7 @@ class GeneratedDataset(Sequence[Trajectory]):
         i %= self.n
         level = self.levels[i % len(self.levels)]
         rng = random.Random(f"{self.task.name}/{level}/{self.style}/{self.split}/{self.seed}/{i}")
-        style = rng.choice(self.task.styles) if self.style == "mixed" else self.style
+        style = rng.choice(self.task.mixture) if self.style == "mixed" else self.style
         while True:
             trajectory = self.task.make(rng, level, style, self.cell)
             if map_split(map_of(trajectory.meta)) == self.split:

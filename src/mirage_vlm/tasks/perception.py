@@ -12,9 +12,9 @@ from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import Score, Task
-from mirage_vlm.tasks.frozenlake import Cell, Maze, cell_name, generate_maze, moves_of, narrate, parse_cell
+from mirage_vlm.tasks.frozenlake import Cell, Maze, box_of, cell_name, generate_maze, moves_of, narrate, parse_cell
 from mirage_vlm.tasks.render import draw_maze
-from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
+from mirage_vlm.trajectory import Image, LatentSpan, Message, Trajectory, assistant_turn, user_turn
 
 KINDS = {"map": 0.4, "path": 0.35, "place": 0.25}
 MAX_STEPS = 9
@@ -22,6 +22,7 @@ MAX_STEPS = 9
 _QUESTIONS = {
     "map": "Write down the map row by row.",
     "path": "Which way does the red path go?",
+    "glimpse": "Which cells do you have in mind?",
     "place": "Where is the elf, the gift and what is there at {cell}?",
 }
 _NAMES = {"S": "start", "F": "ice", "H": "hole", "G": "gift"}
@@ -34,19 +35,30 @@ class Perception(Task):
     - `path`: the red path in words, `r3c2 up r2c2 right r2c3`, a random walk that enters no cell twice;
     - `place`: the elf's cell (any cell, holes too), the gift's, and what one more cell is.
 
+    The style `glimpse` has a fourth kind: the response opens with a span that holds single cells of the picture, as its
+    vision tower sees them, and says which they were and what lies there. It is for stage 1, and makes a base whose
+    picture features tell where in the picture they are, and that can read them in the place of latents.
+
     Beside the answer, the picture has a `reading`: each cell's name or, by chance, its letter. It takes a decoder many
     examples to find out where in the picture a patch stands; to be told in place makes it quick.
     """
 
     name = "vsp-perception"
-    styles = ("direct",)
+    styles = ("direct", "glimpse")
+    mixture = ("direct",)
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = "glimpse" if style == "glimpse" else rng.choices(list(KINDS), list(KINDS.values()))[0]
         maze = generate_maze(level, rng)
         draw, asked = partial(draw_maze, maze, cell), ""
-        if kind == "map":
+        thought: tuple[LatentSpan, ...] = ()
+        if kind == "glimpse":
+            cells = rng.choices(list(maze.cells()), k=rng.randint(1, MAX_STEPS))
+            path = _random_path(maze, rng) if rng.random() < 0.5 else None
+            thought = (LatentSpan(Image(partial(draw, path=path)), regions=tuple(box_of(c, level) for c in cells)),)
+            answer = " ".join(f"{cell_name(c)} {_NAMES[maze[c]]}" for c in cells)
+        elif kind == "map":
             answer = " / ".join(" ".join(row) for row in maze.rows)
         elif kind == "path":
             path = _random_path(maze, rng)
@@ -58,18 +70,21 @@ class Perception(Task):
         name_cells = rng.random() < 0.5
         reading = tuple(f" {cell_name(cell) if name_cells else maze[cell]}" for cell in maze.cells())
         return Trajectory(
-            messages=(*self.prompt(Image(draw, reading), style, kind=kind, cell=asked), assistant_turn(answer)),
+            messages=(
+                *self.prompt(Image(draw, reading), style, kind=kind, cell=asked),
+                assistant_turn(*thought, answer),
+            ),
             task=self.name,
             answer=answer,
             meta={"map": list(maze.rows), "level": level, "style": style, "kind": kind},
         )
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
-        """The prompt; the detail `kind` is `map` (default), `path`, or `place` with a `cell` (`r2c3`)."""
+        """The prompt; the detail `kind` is `map` (default), `path`, `glimpse`, or `place` with a `cell` (`r2c3`)."""
         self.check_style(style)
         kind = str(details.get("kind", "map"))
-        if kind not in KINDS:
-            raise MirageError(f"{self.name} has no kind {kind!r}; choose from {', '.join(KINDS)}")
+        if kind not in _QUESTIONS:
+            raise MirageError(f"{self.name} has no kind {kind!r}; choose from {', '.join(_QUESTIONS)}")
         asked = str(details.get("cell", ""))
         if kind == "place":
             parse_cell(asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,9 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import Score, Task, boxed, count, map_of
 from mirage_vlm.tasks.frozenlake import (
     MOVE_WORDS,
+    Cell,
     Maze,
+    box_of,
     cell_name,
     generate_maze,
     moves_of,
@@ -24,6 +27,7 @@ from mirage_vlm.tasks.frozenlake import (
 from mirage_vlm.tasks.plans import draw_plan
 from mirage_vlm.tasks.render import draw_maze
 from mirage_vlm.trajectory import (
+    Box,
     Image,
     LatentSpan,
     Message,
@@ -35,6 +39,7 @@ from mirage_vlm.trajectory import (
 )
 
 STEP_BY_STEP = " Think step by step."
+STYLES = ("direct", "cot", "plain", "cells", "steps", "words", "shown")
 PLANNING_QUESTION = (
     "Find the fewest moves that bring the elf to the gift without entering a hole. "
     r"Answer with moves L, R, U, D in \boxed{}."
@@ -57,14 +62,18 @@ class Planning(Task):
     r"""`vsp-planning`: a fewest-moves plan in `\boxed{}`; the helper image has that path in red."""
 
     name = "vsp-planning"
+    styles = STYLES
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
         return self.example(generate_maze(level, rng), style, cell)
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
+        """The prompt; with the style `shown` it needs the detail `helper`, a picture."""
         self.check_style(style)
-        return (user_turn(image, PLANNING_QUESTION + (STEP_BY_STEP if style == "cot" else "")),)
+        return (
+            user_turn(image, *_shown(style, details), PLANNING_QUESTION + (STEP_BY_STEP if style == "cot" else "")),
+        )
 
     def example(self, maze: Maze, style: str, cell: int = 64, **meta: Any) -> Trajectory:
         """The example of one map.
@@ -77,17 +86,18 @@ class Planning(Task):
             raise MirageError("map: no safe path leads from S to G")
         moves = moves_of(path)
         answer = ",".join(moves)
-        span = LatentSpan(helper=Image(partial(draw_maze, maze, cell, path=path)))
+        helper = Image(partial(draw_maze, maze, cell, path=path))
         waves = "; ".join(" ".join(map(cell_name, wave)) for wave in search_waves(maze))
         before = (
             f"The elf is at {cell_name(maze.start)} and the gift is at {cell_name(maze.goal)}. "
             f"Distance from the gift: {waves}."
         )
         after = f" Path: {narrate(path, moves)}."
+        way = _Way(maze, path[1:], cell)
         return Trajectory(
             messages=(
-                *self.prompt(Image(partial(draw_maze, maze, cell)), style),
-                assistant_turn(*_response(span, style, before, after, answer)),
+                *self.prompt(Image(partial(draw_maze, maze, cell)), style, helper=helper),
+                assistant_turn(*_response(helper, way, style, before, after, answer)),
             ),
             task=self.name,
             answer=answer,
@@ -117,6 +127,7 @@ class Reasoning(Task):
     """`vsp-reasoning`: where does a given plan end? The helper image has the elf half-way along it."""
 
     name = "vsp-reasoning"
+    styles = STYLES
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
@@ -124,26 +135,30 @@ class Reasoning(Task):
         return self.example(maze, plan, style, cell)
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
-        """The prompt; it needs the detail `plan`, moves in any spelling that `parse_moves` reads."""
+        """The prompt; it needs the detail `plan`, moves in any spelling that `parse_moves` reads.
+
+        With the style `shown` it also needs `helper`, a picture.
+        """
         self.check_style(style)
         plan = parse_moves(str(details.get("plan", "")))
         if plan is None:
             raise MirageError(f"{self.name} needs a plan, such as plan=LUUR; got {details.get('plan')!r}")
         question = REASONING_QUESTION.format(plan=",".join(plan))
-        return (user_turn(image, question + (STEP_BY_STEP if style == "cot" else "")),)
+        return (user_turn(image, *_shown(style, details), question + (STEP_BY_STEP if style == "cot" else "")),)
 
     def example(self, maze: Maze, plan: str, style: str, cell: int = 64, **meta: Any) -> Trajectory:
         """The example of one map and one plan (`LUUR`)."""
         walk = simulate(maze, plan)
         half_way = walk.cells[(walk.executed + 1) // 2]
         answer = _LETTER_OF[walk.outcome]
-        span = LatentSpan(helper=Image(partial(draw_maze, maze, cell, elf=half_way)))
+        helper = Image(partial(draw_maze, maze, cell, elf=half_way))
         before = f"The elf is at {cell_name(maze.start)}."
         after = f" Walk: {narrate(walk.cells, plan)} {_LAST_WORD[walk.outcome]}."
+        way = _Way(maze, walk.cells[1:], cell)
         return Trajectory(
             messages=(
-                *self.prompt(Image(partial(draw_maze, maze, cell)), style, plan=plan),
-                assistant_turn(*_response(span, style, before, after, answer)),
+                *self.prompt(Image(partial(draw_maze, maze, cell)), style, plan=plan, helper=helper),
+                assistant_turn(*_response(helper, way, style, before, after, answer)),
             ),
             task=self.name,
             answer=answer,
@@ -205,11 +220,63 @@ def from_record(record: Mapping[str, Any], style: str = "direct", cell: int = 64
     return REASONING.example(maze, plan, style, cell, **known, steps=steps)
 
 
-def _response(span: LatentSpan, style: str, before: str, after: str, answer: str) -> tuple[Segment, ...]:
+@dataclass(frozen=True)
+class _Way:
+    """The cells that are entered one after the other, as the content of a thought.
+
+    Attributes:
+        cells: without the start.
+        size: pixels per side of a cell.
+    """
+
+    maze: Maze
+    cells: tuple[Cell, ...]
+    size: int
+
+    @property
+    def regions(self) -> tuple[Box, ...]:
+        """Where each cell lies in a picture of the maze."""
+        return tuple(box_of(cell, self.maze.size) for cell in self.cells)
+
+    def in_one_span(self) -> tuple[Segment, ...]:
+        """A latent for each cell, out of one picture with the way drawn."""
+        if not self.cells:
+            return ()
+        whole = (self.maze.start, *self.cells)
+        return (LatentSpan(Image(partial(draw_maze, self.maze, self.size, path=whole)), regions=self.regions),)
+
+    def step_by_step(self) -> tuple[Segment, ...]:
+        """A span of one latent for each step, with a picture of its own: the elf stands on that cell."""
+        pictures = (Image(partial(draw_maze, self.maze, self.size, elf=cell)) for cell in self.cells)
+        return tuple(LatentSpan(p, regions=(box,)) for p, box in zip(pictures, self.regions, strict=True))
+
+    def in_words(self) -> str:
+        return "".join(f" {cell_name(cell)}" for cell in self.cells)
+
+
+def _response(helper: Image, way: _Way, style: str, before: str, after: str, answer: str) -> tuple[Segment, ...]:
+    """The response in a style; docs/data.md shows one of each."""
     box = rf"\boxed{{{answer}}}"
+    if style == "cot":
+        return Text(f"<think>{before}"), LatentSpan(helper), Text(f"{after}</think>{box}")
     if style == "direct":
-        return span, Text(box)
-    return Text(f"<think>{before}"), span, Text(f"{after}</think>{box}")
+        return LatentSpan(helper), Text(box)
+    if style == "cells":
+        return *way.in_one_span(), Text(box)
+    if style == "steps":
+        return *way.step_by_step(), Text(box)
+    if style == "words":
+        return (Text(f"<think>{way.in_words()}</think>{box}"),)
+    return (Text(box),)  # plain, shown
+
+
+def _shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:
+    """The helper image, where the prompt shows it."""
+    if style != "shown":
+        return ()
+    if not isinstance(details.get("helper"), Image):
+        raise MirageError("the style 'shown' has the helper image in its prompt; give one")
+    return (details["helper"],)
 
 
 def _parse_option(content: str) -> str | None:

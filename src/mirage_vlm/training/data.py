@@ -111,7 +111,7 @@ def check_spans(encoder: Encoder, source: Sequence[Trajectory], where: str) -> N
     for i in range(min(count, len(source))):
         for span in source[i].spans:
             try:
-                encoder.check_span(span)
+                encoder.check_span(span, source[i])
             except MirageError as fault:
                 raise MirageError(f"{where}: example {i + 1}: {fault}") from fault
 
@@ -224,4 +224,12 @@ def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0) -> dic
         batch |= {"pixel_values": images.pixel_values, "grid_thw": images.grid_thw}
     if (helpers := Pictures.join([e.helpers for e in ordered])) is not None:
         batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.grid_thw}
+    if any(e.regions is not None for e in ordered):
+        pads = encoder.config.pad_id
+        latents = [int((e.input_ids == pads).sum()) for e in ordered]
+        whole = [
+            torch.full((n, 4), torch.nan) if e.regions is None else e.regions
+            for e, n in zip(ordered, latents, strict=True)
+        ]
+        batch["helper_regions"] = torch.cat(whole)
     return batch

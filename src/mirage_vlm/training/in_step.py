@@ -39,7 +39,7 @@ def needs_of(batch: Mapping[str, torch.Tensor], recipe: Recipe, pad_id: int) -> 
     ids = batch["input_ids"]
     rolled = recipe.stage == "stage2"
     count = passes(ids, pad_id, recipe.train.latent_iterations) if rolled else 1
-    return Needs(count, int("pixel_values" in batch), int(rolled and bool((ids == pad_id).any())))
+    return Needs(count, int("pixel_values" in batch), int(recipe.stage != "sft" and bool((ids == pad_id).any())))
 
 
 @contextmanager

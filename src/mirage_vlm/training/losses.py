@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from mirage_vlm.modeling.encoding import IGNORED
+from mirage_vlm.training.align import Alignment, Cosine
 from mirage_vlm.training.own import forward_own
 from mirage_vlm.training.rollout import Batch, forward_given, span_runs
 
@@ -27,7 +28,8 @@ class StageLoss:
     Attributes:
         ce_sum: scalar, cross-entropy summed over labelled tokens.
         tokens: number of labelled tokens.
-        align_sum: scalar, 1 − cosine summed over latent tokens (zero in stage 2).
+        align_sum: scalar, the alignment (1 − cosine, or what the recipe chose) summed over latent tokens; zero where
+            there are no targets.
         latents: number of latent tokens that were consumed.
         correct: number of labelled tokens that greedy decoding would get right.
         hidden: [B, T, D] hidden states after the final norm.
@@ -49,45 +51,72 @@ class StageLoss:
 
     @property
     def align(self) -> torch.Tensor:
-        """Mean of 1 − cosine over the latent tokens."""
+        """Mean alignment loss of a latent token."""
         return self.align_sum / max(self.latents, 1)
 
 
-def stage1(vlm: LatentVLM, batch: Batch, *, detach_targets: bool = True) -> StageLoss:
+def stage1(
+    vlm: LatentVLM, batch: Batch, *, alignment: Alignment | None = None, detach_targets: bool = True
+) -> StageLoss:
     """Targets in place of latents, aligned by cosine (arXiv 2506.17218, section 3.2).
 
     The k pooled targets ê stand at the latent positions p … p + k − 1; the states at p − 1 … p + k − 2 are drawn
     towards them. Without spans in the batch this is ordinary supervised fine-tuning.
 
     Args:
+        alignment: in place of the cosine.
         detach_targets: no gradient into the vision tower through the targets.
     """
-    lengths = [end - start for row in span_runs(batch.input_ids, vlm.config.pad_id) for start, end in row]
-    if not lengths:
+    if not bool((batch.input_ids == vlm.config.pad_id).any()):
         return _token_loss(vlm, batch, forward_given(vlm, batch, None))
-    if batch.helper_pixel_values is None or batch.helper_grid_thw is None:
+    targets = targets_of(vlm, batch, detach_targets)
+    if targets is None:
         raise ValueError("stage 1 needs the helper images of its spans; collate with targets=True")
-    targets = vlm.targets(
-        batch.helper_pixel_values, batch.helper_grid_thw, lengths, detach=detach_targets, keys=batch.helper_keys
-    )
-    hidden = forward_given(vlm, batch, targets)
+    consumed = vlm.feedback.consumed(targets)
+    hidden = forward_given(vlm, batch, consumed)
+    return _token_loss(vlm, batch, hidden, _align(vlm, batch, hidden, targets, alignment), consumed)
+
+
+def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> torch.Tensor | None:
+    """[latents, D] the targets of a batch's latents, in row order; None where it was collated without."""
+    if batch.helper_pixel_values is None or batch.helper_grid_thw is None:
+        return None
+    lengths = [end - start for row in span_runs(batch.input_ids, vlm.config.pad_id) for start, end in row]
+    pictures = (batch.helper_pixel_values, batch.helper_grid_thw, lengths)
+    return vlm.targets(*pictures, detach=detach, keys=batch.helper_keys, regions=batch.helper_regions)
+
+
+def _align(
+    vlm: LatentVLM, batch: Batch, hidden: torch.Tensor, targets: torch.Tensor, alignment: Alignment | None
+) -> torch.Tensor:
+    """Scalar, the alignment summed over the latents: the state at t − 1 predicts the latent at t."""
     predicting = hidden[:, :-1][batch.input_ids[:, 1:] == vlm.config.pad_id]
-    align = (1 - F.cosine_similarity(predicting.float(), targets.float(), dim=-1)).sum()
-    return _token_loss(vlm, batch, hidden, align, targets)
+    return (Cosine() if alignment is None else alignment)(vlm.feedback, predicting, targets).sum()
 
 
-def stage2(vlm: LatentVLM, batch: Batch, *, latent_iterations: int = 0) -> StageLoss:
+def stage2(
+    vlm: LatentVLM,
+    batch: Batch,
+    *,
+    alignment: Alignment | None = None,
+    detach_targets: bool = True,
+    latent_iterations: int = 0,
+) -> StageLoss:
     """Cross-entropy on the text alone; the latents are the model's own, with gradient (section 3.3).
 
     Rows hold one example each: a rollout aligns rows by their spans, and cannot be packed.
 
     Args:
+        alignment: where the batch has helper images, also drawn towards their targets by it; None = cosine.
+        detach_targets: as in `stage1`.
         latent_iterations: as `iterations` of `forward_own`.
     """
     if batch.segments is not None:
         raise ValueError("stage 2 takes one example a row; collate without pack")
     hidden, latents = forward_own(vlm, batch, latent_iterations)
-    return _token_loss(vlm, batch, hidden, consumed=latents if len(latents) else None)
+    targets = targets_of(vlm, batch, detach_targets) if len(latents) else None
+    align = None if targets is None else _align(vlm, batch, hidden, targets, alignment)
+    return _token_loss(vlm, batch, hidden, align, latents if len(latents) else None)
 
 
 def _token_loss(

@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import STOP_RULES
+from mirage_vlm.modeling.config import STOP_RULES, TARGETS
 from mirage_vlm.modeling.feedback import FEEDBACKS
 from mirage_vlm.modeling.pooling import POOLINGS
 from mirage_vlm.modeling.scratch import ScratchConfig
+from mirage_vlm.training.align import ALIGNMENTS
 
 STAGES = ("sft", "stage1", "stage2")
 
@@ -64,7 +65,8 @@ class ModelRecipe:
         path: a checkpoint folder or hub name; latent tokens are added where it has none.
         scratch: sizes of a small model to start from nothing, instead of `path`.
         tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
-        latent_size, pooling, feedback, stop_rule, image_scale: as in `LatentConfig`; None keeps the checkpoint's.
+        latent_size, pooling, feedback, codes, target, stop_rule, image_scale: as in `LatentConfig`; None keeps the
+            checkpoint's.
         attn: attention implementation of transformers; None leaves it to transformers.
         dtype: `float32` or `bfloat16`, of the weights.
         freeze_vision: keep the vision tower as it is.
@@ -77,6 +79,8 @@ class ModelRecipe:
     latent_size: int | None = None
     pooling: str | None = None
     feedback: str | None = None
+    codes: int | None = None
+    target: str | None = None
     stop_rule: str | None = None
     image_scale: float | None = None
     attn: str | None = None
@@ -87,10 +91,22 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe:
-    """Weights of the loss terms. `ce` is the paper's γ; `align` weighs 1 − cosine (stage 1 only)."""
+    """Weights of the loss terms.
+
+    Attributes:
+        ce: the paper's γ, of cross-entropy in stage 1; in the other stages it has weight 1.
+        align: of the alignment in stage 1.
+        align_stage2: of the alignment in stage 2, where the paper has none.
+        through_targets: let gradients into the vision tower through the targets, where it is trained at all; with it
+            the targets move.
+        alignment: how far a latent is from its target; see `mirage_vlm.training.align`.
+    """
 
     ce: float = 0.1
     align: float = 1.0
+    align_stage2: float = 0.0
+    through_targets: bool = False
+    alignment: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -149,6 +165,11 @@ class Recipe:
     data: tuple[DataRecipe, ...]
     loss: LossRecipe = field(default_factory=LossRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the helper images are looked at."""
+        return self.stage == "stage1" or (self.stage == "stage2" and self.loss.align_stage2 > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are saved beside every checkpoint."""
@@ -287,6 +308,16 @@ def _check(recipe: Recipe, origin: dict[str, str], path: str) -> None:
     one_of(model.pooling, "model.pooling", list(POOLINGS))
     one_of(model.feedback, "model.feedback", list(FEEDBACKS))
     one_of(model.stop_rule, "model.stop_rule", STOP_RULES)
+    one_of(model.target, "model.target", TARGETS)
+    one_of(recipe.loss.alignment, "loss.alignment", list(ALIGNMENTS))
+    for name in ("ce", "align", "align_stage2"):
+        require(getattr(recipe.loss, name) >= 0, f"loss.{name}", "must not be negative")
+    require(
+        not (recipe.loss.through_targets and model.freeze_vision),
+        "loss.through_targets",
+        "there is nothing to train with a frozen vision tower; set model.freeze_vision to false",
+    )
+    require(model.codes is None or model.codes > 0, "model.codes", "must be positive")
     one_of(model.dtype, "model.dtype", ("float32", "bfloat16"))
     require(model.latent_size is None or model.latent_size > 0, "model.latent_size", "must be positive")
     require(bool(recipe.data), "data", "give at least one source")

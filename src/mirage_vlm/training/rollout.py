@@ -23,6 +23,7 @@ class Batch:
         labels: [B, T], −100 = no loss.
         pixel_values, grid_thw: the prompt's pictures of all rows, in row order; None where there are none.
         helper_pixel_values, helper_grid_thw: the helper images of all spans, in row order.
+        helper_regions: [latents, 4] the box of each latent, as for `LatentVLM.targets`; None where no span has any.
         segments: [B, T], 1, 2, … in a packed row's first, second, … example, 0 in padding; None where each row is one
             example.
         picture_keys, helper_keys: names of the pictures and helper images by content, for a feature store; None where
@@ -36,6 +37,7 @@ class Batch:
     grid_thw: torch.Tensor | None = None
     helper_pixel_values: torch.Tensor | None = None
     helper_grid_thw: torch.Tensor | None = None
+    helper_regions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     picture_keys: tuple[str, ...] | None = None
     helper_keys: tuple[str, ...] | None = None

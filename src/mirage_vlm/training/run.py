@@ -17,16 +17,21 @@ from transformers.trainer_utils import get_last_checkpoint
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.features import FeatureStore
+from mirage_vlm.modeling.feedback import Feedback
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.scratch import build
+from mirage_vlm.training.align import ALIGNMENTS, Alignment
 from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, in_one_line, open_source
+from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
+from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import together
 from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
 from mirage_vlm.trajectory import Text
 
 FINAL = "final"
 TOKENIZER_SAMPLE = 4000
+FIT_TARGETS, FIT_BATCH = 16_000, 64  # targets that statistics are made of; examples that are looked at together
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -54,9 +59,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
         set_seed(recipe.train.seed)
         vlm = prepare_model(recipe, examples)
-        if recipe.stage == "stage1":
+        if recipe.needs_targets:
             for source, opened in zip(recipe.data, examples.sources, strict=True):
                 check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
+        alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
+        fit(vlm, alignment, examples, recipe)
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -67,10 +74,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         vlm,
         recipe,
         arguments,
+        alignment,
         train_dataset=examples,
         data_collator=Collator(
             vlm.encoder,
-            targets=recipe.stage == "stage1",
+            targets=recipe.needs_targets,
             pack=recipe.train.pack,
             keys=vlm.feature_store is not None,
         ),
@@ -98,7 +106,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     wanted: ModelRecipe = recipe.model
     latent = {
         name: value
-        for name in ("latent_size", "pooling", "feedback", "stop_rule", "image_scale")
+        for name in ("latent_size", "pooling", "feedback", "codes", "target", "stop_rule", "image_scale")
         if (value := getattr(wanted, name)) is not None
     }
     if wanted.scratch is not None:
@@ -112,7 +120,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         else:
             vlm = LatentVLM.from_base(wanted.path, **options, **latent)
     vlm.vision_tower.requires_grad_(not wanted.freeze_vision)
-    vlm.feedback.requires_grad_(recipe.stage == "stage2")  # no other stage reads it
+    vlm.feedback.requires_grad_(recipe.stage != "sft")  # which does not read it
     if wanted.lora is not None:
         add_adapters(vlm, wanted.lora)
     if recipe.train.feature_cache is not None:
@@ -120,6 +128,39 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     if recipe.train.gradient_checkpointing:
         vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
     return vlm
+
+
+def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe) -> None:
+    """Let what is made from the targets be made: the alignment, and a feedback that did not come with the checkpoint.
+
+    Raises:
+        MirageError: the alignment and the feedback do not go together, or there are too few targets.
+    """
+    if recipe.needs_targets:
+        alignment.check(vlm.feedback)
+    parts = [
+        part for part, wanted in ((vlm.feedback, vlm.feedback_is_new), (alignment, recipe.needs_targets)) if wanted
+    ]
+    parts = [part for part in parts if type(part).fit not in (Feedback.fit, Alignment.fit)]
+    if recipe.stage == "sft" or not parts:
+        return
+    found: list[torch.Tensor] = []
+    collate = Collator(vlm.encoder, targets=True)
+    for start in range(0, len(examples), FIT_BATCH):
+        few = [examples[i] for i in range(start, min(start + FIT_BATCH, len(examples))) if examples[i].spans]
+        if few:
+            batch = Batch(**{k: v.to(vlm.device) if hasattr(v, "to") else v for k, v in collate(few).items()})
+            with torch.no_grad():
+                targets = targets_of(vlm, batch)
+            assert targets is not None
+            found.append(targets)
+        if sum(map(len, found)) >= FIT_TARGETS:
+            break
+    if not found:
+        raise MirageError("the data has no latent spans to learn targets from")
+    for part in parts:
+        part.fit(torch.cat(found).float())
+    vlm.feedback_is_new = False
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
+from mirage_vlm.training.align import Alignment, Cosine
 from mirage_vlm.training.data import BucketSampler, in_one_line
 from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
@@ -39,16 +40,27 @@ TRAINABLE_FILE = "trainable.safetensors"
 class StageModule(nn.Module):
     """The forward pass of a stage as a module, so that accelerate can wrap it (DDP, FSDP, autocast)."""
 
-    def __init__(self, vlm: LatentVLM, stage: str, latent_iterations: int = 0):
+    def __init__(
+        self,
+        vlm: LatentVLM,
+        stage: str,
+        latent_iterations: int = 0,
+        alignment: Alignment | None = None,
+        detach_targets: bool = True,
+    ):
         super().__init__()
         self.vlm = vlm
         self.stage = stage
-        self.options = {"latent_iterations": latent_iterations} if stage == "stage2" else {}
+        self.alignment = Cosine() if alignment is None else alignment
+        self.options: dict[str, Any] = {"detach_targets": detach_targets}
+        if stage == "stage2":
+            self.options["latent_iterations"] = latent_iterations
 
     def forward(self, in_step: tuple[Needs, Needs] | None = None, **batch: Any) -> dict[str, Any]:
         """The sums of a batch. `in_step`, where weights are shared out: what it and what any other batch takes."""
         with counted(self.vlm.language_model) as calls:
-            found: StageLoss = STAGE_LOSSES[self.stage](self.vlm, Batch(**batch), **self.options)
+            loss = STAGE_LOSSES[self.stage]
+            found: StageLoss = loss(self.vlm, Batch(**batch), alignment=self.alignment, **self.options)
         ce_sum = found.ce_sum
         if in_step is not None:
             ce_sum = ce_sum + make_up(self.vlm, calls[0], *in_step)
@@ -68,8 +80,17 @@ class LatentTrainer(transformers.Trainer):
     processes), so that accumulation and data parallelism give the loss of one big batch.
     """
 
-    def __init__(self, vlm: LatentVLM, recipe: Recipe, args: TrainingArguments, **options: Any):
-        super().__init__(model=StageModule(vlm, recipe.stage, recipe.train.latent_iterations), args=args, **options)
+    def __init__(
+        self,
+        vlm: LatentVLM,
+        recipe: Recipe,
+        args: TrainingArguments,
+        alignment: Alignment | None = None,
+        **options: Any,
+    ):
+        iterations, through = recipe.train.latent_iterations, recipe.loss.through_targets
+        module = StageModule(vlm, recipe.stage, iterations, alignment, detach_targets=not through)
+        super().__init__(model=module, args=args, **options)
         self.vlm = vlm
         self.recipe = recipe
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
@@ -121,11 +142,12 @@ class LatentTrainer(transformers.Trainer):
         counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else sums[2:4]
         tokens, latents = counts.clamp(min=1)
         weights = self.recipe.loss
-        ce_weight = weights.ce if self.recipe.stage == "stage1" else 1.0
+        first = self.recipe.stage == "stage1"
+        ce_weight, align_weight = (weights.ce, weights.align) if first else (1.0, weights.align_stage2)
         scale = self.args.world_size  # gradients are averaged over processes
 
         def weighted(ce_sum: torch.Tensor, align_sum: torch.Tensor) -> torch.Tensor:
-            return (ce_weight * ce_sum / tokens + weights.align * align_sum / latents) * scale
+            return (ce_weight * ce_sum / tokens + align_weight * align_sum / latents) * scale
 
         loss = weighted(found["ce_sum"], found["align_sum"]).float()
         if found["ce_sum"].dtype != torch.float32:
@@ -134,12 +156,12 @@ class LatentTrainer(transformers.Trainer):
         return (loss, found) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms since the last log, of all processes: nats a token, 1 − cosine, share right, latents."""
+        """Add the loss terms since the last log, of all processes: nats a token, alignment, share right, latents."""
         if "loss" in logs and self._sums is not None:
             total = self.accelerator.reduce(self._sums, reduction="sum").tolist()
             sums, self._sums = dict(zip(SUMS, total, strict=True)), None
             logs["ce"] = sums["ce_sum"] / max(sums["tokens"], 1)
-            if self.recipe.stage == "stage1":
+            if self.recipe.needs_targets:
                 logs["align"] = sums["align_sum"] / max(sums["latents"], 1)
             logs["token_accuracy"] = sums["correct"] / max(sums["tokens"], 1)
             logs["tokens"] = sums["tokens"]
