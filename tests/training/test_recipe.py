@@ -171,7 +171,7 @@ def test_missing_keys(write):
         ("model.scratch={}", "model: give one of path and scratch"),
         ("model.path=", "model: give one of path and scratch"),
         ("model.pooling=avg", "model.pooling: 'avg' is not one of average, grid, random, full"),
-        ("model.feedback=mlp", "model.feedback: 'mlp' is not one of identity, linear"),
+        ("model.feedback=mlp", "model.feedback: 'mlp' is not one of identity, linear, rescaled, codebook, pause"),
         ("model.stop_rule=never", "model.stop_rule: 'never' is not one of fixed, learned"),
         ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
         ("model.latent_size=0", "model.latent_size: must be positive"),
@@ -210,4 +210,4 @@ def test_files_that_are_no_recipes(write, tmp_path):
     assert refusal(tmp_path / "missing.yaml").startswith("FILE: cannot read the recipe")
     assert "not valid YAML" in refusal(write("stage: [1"))
     for text in ("", "- a\n", "just words"):
-        assert refusal(write(text)) == "FILE: a recipe is a mapping of keys to values"
+        assert refusal(write(text)) == "FILE: the recipe is not a mapping of keys to values"

@@ -69,6 +69,8 @@ class GeneratedDataset(Sequence[Trajectory]):
             raise MirageError(f"a cell must have from 8 to 256 pixels a side, not {cell}")
         self.levels, self.n, self.seed = tuple(levels), n, seed
         self.style, self.split, self.cell = style, split, cell
+        # maps of `direct`, `cot` and `mixed` are each style's own; those of all others are the same, to be compared
+        self._maps_of = style if style in ("direct", "cot", "mixed") else "plain"
 
     def __len__(self) -> int:
         return self.n
@@ -78,7 +80,7 @@ class GeneratedDataset(Sequence[Trajectory]):
             raise IndexError(i)
         i %= self.n
         level = self.levels[i % len(self.levels)]
-        rng = random.Random(f"{self.task.name}/{level}/{self.style}/{self.split}/{self.seed}/{i}")
+        rng = random.Random(f"{self.task.name}/{level}/{self._maps_of}/{self.split}/{self.seed}/{i}")
         style = rng.choice(self.task.mixture) if self.style == "mixed" else self.style
         while True:
             trajectory = self.task.make(rng, level, style, self.cell)
