@@ -133,6 +133,9 @@ def test_what_all_means(monkeypatch):
         (["train", "--repetitions", "0"], "--repetitions must be at least 1, not 0"),
         (["train", "--new-tokens", "8"], "--new-tokens is an option of the decode benchmark alone"),
         (["train", "--model", "bundled"], "--model is an option of the decode benchmark alone"),
+        (["train", "--batches", "8"], "--batches is an option of the decode benchmark alone"),
+        (["decode", "--batches", "0,8"], "--batches must be positive, not 0, 8"),
+        (["decode", "--batches", "many"], "--batches must be whole numbers with commas"),
         (["scaling", "--compile"], "--compile is an option of the decode and gpu benchmarks alone"),
     ],
 )

@@ -343,6 +343,14 @@ def test_items_depend_on_their_number_and_seed_only():
         data[12]
 
 
+def test_styles_can_be_compared_on_the_same_maps():
+    def maps(style, **options):
+        return [example.meta["map"] for example in GeneratedDataset("vsp-planning", [4], 8, style=style, **options)]
+
+    assert maps("words") == maps("cells") == maps("plain") == maps("cot", drawn_as="plain")
+    assert maps("cot") != maps("plain") != maps("direct")
+
+
 def test_written_data_is_the_same_byte_for_byte(tmp_path):
     calls = []
     for name in ("one", "two"):

@@ -27,6 +27,7 @@ class Options:
         repetitions: rounds that are timed.
         compiled: also measure with a compiled decode step (`decode`, `gpu`).
         model: `bundled` or `random` alone (`decode`).
+        batches: numbers of prompts decoded together (`decode`).
     """
 
     quick: bool = False
@@ -36,6 +37,7 @@ class Options:
     repetitions: int | None = None
     compiled: bool | None = None
     model: str | None = None
+    batches: tuple[int, ...] | None = None
 
     def check(self, names: tuple[str, ...]) -> None:
         """Refuse what cannot be measured.
@@ -51,6 +53,10 @@ class Options:
             raise MirageError("--new-tokens is an option of the decode benchmark alone")
         if self.model is not None and "decode" not in names:
             raise MirageError("--model is an option of the decode benchmark alone")
+        if self.batches is not None and "decode" not in names:
+            raise MirageError("--batches is an option of the decode benchmark alone")
+        if self.batches is not None and not all(batch > 0 for batch in self.batches):
+            raise MirageError(f"--batches must be positive, not {', '.join(map(str, self.batches))}")
         if self.compiled is not None and not {"decode", "gpu"} & set(names):
             raise MirageError("--compile is an option of the decode and gpu benchmarks alone")
         for name in names:
@@ -91,7 +97,7 @@ class Options:
 
     def _decode(self) -> decode.DecodeSettings:
         settings = decode.DecodeSettings.quick() if self.quick else decode.DecodeSettings()
-        settings = replace(settings, **self._given("device", "dtype"))
+        settings = replace(settings, **self._given("device", "dtype", "batches"))
         settings = replace(settings, cases=tuple(c for c in settings.cases if self.model in (None, c.name)))
         compiled = self.compiled
         if compiled is None:

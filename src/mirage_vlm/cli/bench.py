@@ -49,6 +49,7 @@ def bench(
     new_tokens: Annotated[int | None, typer.Option(help="Positions of each response (decode).")] = None,
     repetitions: Annotated[int | None, typer.Option(help="Rounds that are timed.")] = None,
     model: Annotated[Model | None, typer.Option(help="Measure only this model (decode); both by default.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes, with commas (decode); 1,8,64 by default.")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -61,12 +62,14 @@ def bench(
     from transformers.utils import logging
 
     from mirage_vlm.benchmarks.suite import Options, joined, measure, names_of
+    from mirage_vlm.cli.options import parse_levels
     from mirage_vlm.evaluation.evaluate import write_json
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     kind, one_model = (None if option is None else option.value for option in (dtype, model))
-    options = Options(quick, device, kind, new_tokens, repetitions, compiled, one_model)
+    sizes = None if batches is None else parse_levels(batches, "--batches")
+    options = Options(quick, device, kind, new_tokens, repetitions, compiled, one_model, sizes)
     names = names_of(name.value, options)
     options.check(names)
     command = shlex.join(["mirage", *sys.argv[1:]])

@@ -41,6 +41,8 @@ class GeneratedDataset(Sequence[Trajectory]):
         style: one of the task's styles, or `mixed` (those of its `mixture`, by chance).
         split: `train` or `test`.
         cell: pixels per side of a cell.
+        drawn_as: the style whose draws of maps are taken, so that styles can be compared on the same ones. By default
+            `direct`, `cot` and `mixed` have their own, and all others those of `plain`.
 
     Raises:
         MirageError: an argument is out of range.
@@ -55,6 +57,7 @@ class GeneratedDataset(Sequence[Trajectory]):
         style: str = "direct",
         split: Split = "train",
         cell: int = 64,
+        drawn_as: str | None = None,
     ) -> None:
         self.task = get_task(task)
         if style != "mixed":
@@ -69,8 +72,7 @@ class GeneratedDataset(Sequence[Trajectory]):
             raise MirageError(f"a cell must have from 8 to 256 pixels a side, not {cell}")
         self.levels, self.n, self.seed = tuple(levels), n, seed
         self.style, self.split, self.cell = style, split, cell
-        # maps of `direct`, `cot` and `mixed` are each style's own; those of all others are the same, to be compared
-        self._maps_of = style if style in ("direct", "cot", "mixed") else "plain"
+        self.drawn_as = drawn_as or (style if style in ("direct", "cot", "mixed") else "plain")
 
     def __len__(self) -> int:
         return self.n
@@ -80,7 +82,7 @@ class GeneratedDataset(Sequence[Trajectory]):
             raise IndexError(i)
         i %= self.n
         level = self.levels[i % len(self.levels)]
-        rng = random.Random(f"{self.task.name}/{level}/{self._maps_of}/{self.split}/{self.seed}/{i}")
+        rng = random.Random(f"{self.task.name}/{level}/{self.drawn_as}/{self.split}/{self.seed}/{i}")
         style = rng.choice(self.task.mixture) if self.style == "mixed" else self.style
         while True:
             trajectory = self.task.make(rng, level, style, self.cell)

@@ -56,7 +56,12 @@ class StageLoss:
 
 
 def stage1(
-    vlm: LatentVLM, batch: Batch, *, alignment: Alignment | None = None, detach_targets: bool = True
+    vlm: LatentVLM,
+    batch: Batch,
+    *,
+    alignment: Alignment | None = None,
+    detach_targets: bool = True,
+    visibility: str = "full",
 ) -> StageLoss:
     """Targets in place of latents, aligned by cosine (arXiv 2506.17218, section 3.2).
 
@@ -66,14 +71,15 @@ def stage1(
     Args:
         alignment: in place of the cosine.
         detach_targets: no gradient into the vision tower through the targets.
+        visibility: who may look at pictures; see `mirage_vlm.training.visibility`.
     """
     if not bool((batch.input_ids == vlm.config.pad_id).any()):
-        return _token_loss(vlm, batch, forward_given(vlm, batch, None))
+        return _token_loss(vlm, batch, forward_given(vlm, batch, None, visibility))
     targets = targets_of(vlm, batch, detach_targets)
     if targets is None:
         raise ValueError("stage 1 needs the helper images of its spans; collate with targets=True")
     consumed = vlm.feedback.consumed(targets)
-    hidden = forward_given(vlm, batch, consumed)
+    hidden = forward_given(vlm, batch, consumed, visibility)
     return _token_loss(vlm, batch, hidden, _align(vlm, batch, hidden, targets, alignment), consumed)
 
 
@@ -101,6 +107,8 @@ def stage2(
     alignment: Alignment | None = None,
     detach_targets: bool = True,
     latent_iterations: int = 0,
+    visibility: str = "full",
+    own_share: float = 1.0,
 ) -> StageLoss:
     """Cross-entropy on the text alone; the latents are the model's own, with gradient (section 3.3).
 
@@ -108,13 +116,19 @@ def stage2(
 
     Args:
         alignment: where the batch has helper images, also drawn towards their targets by it; None = cosine.
-        detach_targets: as in `stage1`.
+        detach_targets, visibility: as in `stage1`.
         latent_iterations: as `iterations` of `forward_own`.
+        own_share: chance of each latent to be the model's own; in the place of the others stand their targets
+            (scheduled sampling, arXiv 1506.03099).
     """
     if batch.segments is not None:
         raise ValueError("stage 2 takes one example a row; collate without pack")
-    hidden, latents = forward_own(vlm, batch, latent_iterations)
-    targets = targets_of(vlm, batch, detach_targets) if len(latents) else None
+    targets, given = targets_of(vlm, batch, detach_targets), None
+    if own_share < 1 and bool((batch.input_ids == vlm.config.pad_id).any()):
+        if targets is None:
+            raise ValueError("targets can stand in the place of latents only with helper images; collate with targets")
+        given = vlm.feedback.consumed(targets), torch.rand(len(targets), device=targets.device) >= own_share
+    hidden, latents = forward_own(vlm, batch, latent_iterations, visibility=visibility, given=given)
     align = None if targets is None else _align(vlm, batch, hidden, targets, alignment)
     return _token_loss(vlm, batch, hidden, align, latents if len(latents) else None)
 

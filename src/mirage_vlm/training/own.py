@@ -15,6 +15,7 @@ import torch
 
 from mirage_vlm.modeling.segment_cache import SegmentCache, checkpoint_with_cache
 from mirage_vlm.training.rollout import Batch, Run, span_runs
+from mirage_vlm.training.visibility import blind_positions, mask_of
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -70,7 +71,14 @@ def passes(input_ids: torch.Tensor, pad_id: int, iterations: int = 0) -> int:
     return sum(max(1, min(iterations, stretch.latents)) for stretch in cut if stretch.width)
 
 
-def forward_own(vlm: LatentVLM, batch: Batch, iterations: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_own(
+    vlm: LatentVLM,
+    batch: Batch,
+    iterations: int = 0,
+    *,
+    visibility: str = "full",
+    given: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Roll the batch out with the model's own latents, the gradient flowing through each of them.
 
     Shorter rows of a stretch are padded and the pads masked; every row keeps its own positions.
@@ -80,6 +88,9 @@ def forward_own(vlm: LatentVLM, batch: Batch, iterations: int = 0) -> tuple[torc
             (Jacobi iterations): the first time latents beyond the first are the embedding of `latent_pad`, and each
             further time latent j + 1 is the recast of the state at latent j of the time before. Equal to 0 in spans
             of at most n latents.
+        visibility: who may look at pictures; see `mirage_vlm.training.visibility`.
+        given: latents that are not the model's own: [latent positions of the batch, D] vectors in row order, and
+            [latent positions] which of them are taken.
 
     Returns:
         hidden: [B, T, D] hidden states after the final norm, at the positions of `batch.input_ids`; zeros in padding.
@@ -88,7 +99,7 @@ def forward_own(vlm: LatentVLM, batch: Batch, iterations: int = 0) -> tuple[torc
     """
     spans = span_runs(batch.input_ids, vlm.config.pad_id)
     cut = stretches(spans, batch.attention_mask.sum(dim=1).tolist(), iterations > 0)
-    roll = _Roll(vlm, batch, cut, spans)
+    roll = _Roll(vlm, batch, cut, spans, visibility, given)
     with checkpoint_with_cache(vlm.language_model):
         for i in range(len(cut)):
             roll.read(i, iterations)
@@ -102,11 +113,19 @@ class _Roll:
     computed, so that the device never waits for it.
     """
 
-    def __init__(self, vlm: LatentVLM, batch: Batch, cut: list[Stretch], spans: list[list[Run]]):
+    def __init__(
+        self,
+        vlm: LatentVLM,
+        batch: Batch,
+        cut: list[Stretch],
+        spans: list[list[Run]],
+        visibility: str,
+        given: tuple[torch.Tensor, torch.Tensor] | None,
+    ):
         self.vlm, self.cut = vlm, cut
         ids, device = batch.input_ids, batch.input_ids.device
         self.offsets = [0, *accumulate(stretch.width for stretch in cut)]
-        fed = [0, *accumulate(stretch.latents for stretch in cut)]
+        self.fed = fed = [0, *accumulate(stretch.latents for stretch in cut)]
         columns = torch.full((len(ids), self.offsets[-1]), -1)  # [B, W] the position at each column; −1 = padding
         slots = torch.full(ids.shape, -1)  # [B, T] the column of each position; −1 = padding
         sources = torch.full(ids.shape, -1)  # [B, T] the same among the columns of latents only
@@ -120,14 +139,22 @@ class _Roll:
         self.sources = torch.cat(wanted or [sources.new_zeros(0)]).to(device)  # [latent positions]
         self.last = torch.tensor([[end - start - 1 for start, end in stretch.runs] for stretch in cut]).to(device)
         self.slots, columns = slots.to(device), columns.to(device)
-        self.mask = (columns >= 0).long()  # [B, W]
+        self.columns, self.mask = columns, (columns >= 0).long()  # [B, W]
         at = columns.clamp(min=0)
+        blind = blind_positions(vlm, ids, visibility)
+        self.blind = None if blind is None else blind.gather(1, at)  # [B, W]
         self.ids = ids.gather(1, at)  # [B, W]
         positions = vlm.positions(ids, batch.attention_mask, batch.grid_thw)
         self.positions = positions.gather(2, at.expand(len(positions), -1, -1))  # [3, B, W]
         embeds = vlm.embed_prompt(ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
         self.texts = _take(embeds, at).split([stretch.width for stretch in cut], dim=1)  # [B, width, D] each
         self.newest = embeds.new_zeros(len(embeds), embeds.shape[-1])  # [B, D]
+        self.given: tuple[torch.Tensor, torch.Tensor] | None = None
+        if given is not None:  # [B, latent columns, D] and [B, latent columns]
+            rows, wide = len(ids), fed[-1]
+            vectors = embeds.new_zeros(rows * wide, embeds.shape[-1]).index_copy(0, self.sources, given[0].to(embeds))
+            taken = torch.zeros(rows * wide, dtype=torch.bool, device=device).index_copy(0, self.sources, given[1])
+            self.given = vectors.view(rows, wide, -1), taken.view(rows, wide)
         self.cache = SegmentCache.empty(len(vlm.language_model.layers), self.offsets[-1])
         self.states: list[torch.Tensor] = []  # [B, width, D] of each stretch
         self.consumed: list[torch.Tensor] = []  # [B, latents, D] of each stretch
@@ -139,11 +166,13 @@ class _Roll:
             return
         if latents := stretch.latents:
             ids = self.ids[:, offset : offset + latents]
-            inputs = torch.cat([self.vlm.recast(ids[:, 0], self.newest).unsqueeze(1), inputs[:, 1:]], dim=1)
+            first = self._taken(i, self.vlm.recast(ids[:, 0], self.newest).unsqueeze(1))
+            inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             waiting = (ids[:, 1:] == self.vlm.config.pad_id).unsqueeze(-1)
             for _ in range(min(iterations, latents) - 1):
                 hidden = self._advance(offset, inputs[:, : latents - 1], keep=False)
-                better = torch.where(waiting, self.vlm.recast(ids[:, 1:], hidden), inputs[:, 1:latents])
+                own = self._taken(i, self.vlm.recast(ids[:, 1:], hidden), skip=1)
+                better = torch.where(waiting, own, inputs[:, 1:latents])
                 inputs = torch.cat([inputs[:, :1], better, inputs[:, latents:]], dim=1)
             self.consumed.append(inputs[:, :latents])
         hidden = self._advance(offset, inputs, keep=True)
@@ -151,6 +180,22 @@ class _Roll:
         if i + 1 < len(self.cut):
             last = self.last[i].unsqueeze(1)
             self.newest = torch.where(last >= 0, _take(hidden, last.clamp(min=0)).squeeze(1), self.newest)
+
+    def _taken(self, i: int, own: torch.Tensor, skip: int = 0) -> torch.Tensor:
+        """[B, n, D] latents of stretch i from number `skip` on, with given ones where those are taken."""
+        if self.given is None:
+            return own
+        place = slice(self.fed[i] + skip, self.fed[i] + skip + own.shape[1])
+        vectors, taken = self.given
+        return torch.where(taken[:, place].unsqueeze(-1), vectors[:, place], own)
+
+    def _seen(self, offset: int, end: int) -> torch.Tensor:
+        """What the columns from `offset` to `end` may attend to, as the language model is told it."""
+        if self.blind is None:
+            return self.mask[:, :end]
+        pictures = self.ids[:, :end] == self.vlm.family.image_token_id
+        queries, keys = self.columns[:, offset:end], self.columns[:, :end]
+        return mask_of(queries, keys, self.blind[:, offset:end], pictures, self.newest.dtype)
 
     def hidden(self) -> torch.Tensor:
         """[B, T, D] what was computed, in the order of the rows."""
@@ -169,7 +214,7 @@ class _Roll:
         cache = self.cache if keep else self.cache.draft()
         hidden = self.vlm.language_model(
             inputs_embeds=inputs,
-            attention_mask=self.mask[:, :end],
+            attention_mask=self._seen(offset, end),
             position_ids=self.positions[:, :, offset:end],
             past_key_values=cache,
             use_cache=False,  # else transformers warns that it leaves the cache out, which we put back in

@@ -19,6 +19,7 @@ from mirage_vlm.modeling.pooling import POOLINGS
 from mirage_vlm.modeling.scratch import ScratchConfig
 from mirage_vlm.settings import Where, read_settings
 from mirage_vlm.training.align import ALIGNMENTS
+from mirage_vlm.training.visibility import VISIBILITIES
 
 STAGES = ("sft", "stage1", "stage2")
 
@@ -115,6 +116,10 @@ class TrainRecipe:
         warmup: steps, or a share of them when below 1.
         bucket: draw batches of examples of similar size.
         pack: most tokens of a row that holds several examples (stages `sft` and `stage1`); 0 = one example a row.
+        visibility: who may look at the prompt's pictures: `full`, `bottleneck` or `evict`; see
+            `mirage_vlm.training.visibility`.
+        own_share: chance of each latent to be the model's own at the first and the last step (`stage2`); the others
+            are given their targets.
         latent_iterations: passes over all latents of a span at once (`stage2`); 0 = one latent after the other.
         feature_cache: a folder that keeps the features of a frozen vision tower, None = compute them each time.
         workers: processes that prepare batches.
@@ -137,6 +142,8 @@ class TrainRecipe:
     gradient_checkpointing: bool = False
     bucket: bool = True
     pack: int = 0
+    visibility: str = "full"
+    own_share: tuple[float, ...] = (1.0, 1.0)
     latent_iterations: int = 0
     feature_cache: str | None = None
     workers: int = 0
@@ -165,7 +172,12 @@ class Recipe:
     @property
     def needs_targets(self) -> bool:
         """Whether the helper images are looked at."""
-        return self.stage == "stage1" or (self.stage == "stage2" and self.loss.align_stage2 > 0)
+        return self.stage == "stage1" or (self.stage == "stage2" and (self.loss.align_stage2 > 0 or self.mixes))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets stand in the place of some latents of stage 2."""
+        return any(share < 1 for share in self.train.own_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are saved beside every checkpoint."""
@@ -230,6 +242,16 @@ def check(recipe: Recipe, where: Where) -> None:
         "train.latent_iterations",
         f"only stage2 computes latents, {recipe.stage} does not; leave it out",
     )
+    one_of(train.visibility, "train.visibility", VISIBILITIES)
+    require(
+        train.visibility == "full" or (recipe.stage != "sft" and train.pack == 0),
+        "train.visibility",
+        "hides pictures in stage1 and stage2 alone, and not from packed rows",
+    )
+    key, shares = "train.own_share", list(train.own_share)
+    two = len(shares) == 2 and all(0 <= share <= 1 for share in shares)
+    require(two, key, f"must be two shares from 0 to 1, of the first and the last step, not {shares}")
+    require(not recipe.mixes or recipe.stage == "stage2", key, f"{recipe.stage} has no latents of its own")
     require(
         train.pack == 0 or recipe.stage != "stage2",
         "train.pack",

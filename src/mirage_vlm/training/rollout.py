@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mirage_vlm.training.packing import packed_attention
+from mirage_vlm.training.visibility import blind_positions, mask_of
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -57,11 +58,12 @@ def span_runs(input_ids: torch.Tensor, pad_id: int) -> list[list[Run]]:
     return runs
 
 
-def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None) -> torch.Tensor:
+def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None, visibility: str = "full") -> torch.Tensor:
     """One pass with given latents (teacher forcing).
 
     Args:
         latents: [latent positions of the batch, D] input embeddings for them, in row order.
+        visibility: who may look at pictures; see `mirage_vlm.training.visibility`. Packed rows know `full` alone.
 
     Returns:
         [B, T, D] hidden states after the final norm.
@@ -74,5 +76,9 @@ def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None) ->
         told = packed_attention(vlm, batch.input_ids, batch.segments, batch.grid_thw)
     else:
         positions = vlm.positions(batch.input_ids, batch.attention_mask, batch.grid_thw)
-        told = {"attention_mask": batch.attention_mask, "position_ids": positions}
+        mask = batch.attention_mask
+        if (blind := blind_positions(vlm, batch.input_ids, visibility)) is not None:
+            places = torch.where(mask > 0, torch.arange(mask.shape[1], device=mask.device), -1)
+            mask = mask_of(places, places, blind, batch.input_ids == vlm.family.image_token_id, embeds.dtype)
+        told = {"attention_mask": mask, "position_ids": positions}
     return vlm.language_model(inputs_embeds=embeds, use_cache=False, **told).last_hidden_state

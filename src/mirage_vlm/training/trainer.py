@@ -46,13 +46,13 @@ class StageModule(nn.Module):
         stage: str,
         latent_iterations: int = 0,
         alignment: Alignment | None = None,
-        detach_targets: bool = True,
+        **options: Any,
     ):
         super().__init__()
         self.vlm = vlm
         self.stage = stage
         self.alignment = Cosine() if alignment is None else alignment
-        self.options: dict[str, Any] = {"detach_targets": detach_targets}
+        self.options = options  # of the stage's loss
         if stage == "stage2":
             self.options["latent_iterations"] = latent_iterations
 
@@ -88,9 +88,15 @@ class LatentTrainer(transformers.Trainer):
         alignment: Alignment | None = None,
         **options: Any,
     ):
-        iterations, through = recipe.train.latent_iterations, recipe.loss.through_targets
-        module = StageModule(vlm, recipe.stage, iterations, alignment, detach_targets=not through)
-        super().__init__(model=module, args=args, **options)
+        self.stage_module = StageModule(
+            vlm,
+            recipe.stage,
+            recipe.train.latent_iterations,
+            alignment,
+            detach_targets=not recipe.loss.through_targets,
+            visibility=recipe.train.visibility,
+        )
+        super().__init__(model=self.stage_module, args=args, **options)
         self.vlm = vlm
         self.recipe = recipe
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
@@ -137,6 +143,8 @@ class LatentTrainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self.recipe.mixes:
+            self.stage_module.options["own_share"] = self._own_share()
         found = model(**inputs)
         sums = found["bits"].view(torch.float64)
         counts = num_items_in_batch if isinstance(num_items_in_batch, torch.Tensor) else sums[2:4]
@@ -154,6 +162,11 @@ class LatentTrainer(transformers.Trainer):
             loss = loss + (weighted(*sums[:2]) - loss).detach().float()  # the value before it was rounded
         self._sums = sums if self._sums is None else self._sums + sums
         return (loss, found) if return_outputs else loss
+
+    def _own_share(self) -> float:
+        """The chance of a latent to be the model's own, at the current step."""
+        first, last = self.recipe.train.own_share
+        return first + (last - first) * self.state.global_step / max(1, self.state.max_steps - 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms since the last log, of all processes: nats a token, alignment, share right, latents."""

@@ -1,0 +1,43 @@
+"""`mirage study`: many recipes with several seeds, trained and tested alike, and the page of what they came to."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A study in YAML; see recipes/research/.")],
+    rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds, with commas.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Run nothing; write the tables of what is done here.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Run nothing; draw what is done, as .png or .svg.")] = None,
+) -> None:
+    """Train and test what is not done yet. A study that was stopped goes on where it was."""
+    from mirage_vlm.cli.options import load_model, parse_levels
+    from mirage_vlm.errors import MirageError
+    from mirage_vlm.evaluation.study import load_study, run_row
+    from mirage_vlm.evaluation.study_report import draw, lines, page
+    from mirage_vlm.formats import atomic_writer
+
+    found = load_study(file)
+    wanted = found.rows if rows is None else tuple(found.row(name.strip()) for name in rows.split(","))
+    numbers = found.seeds if seeds is None else parse_levels(seeds, "--seeds")
+    if unknown := set(numbers) - set(found.seeds):
+        raise MirageError(f"--seeds: the study has no {', '.join(map(str, sorted(unknown)))}")
+    if report is not None or figure is not None:
+        if not lines(found):
+            raise MirageError(f"{found.output}: nothing of the study is done yet")
+        if report is not None:
+            with atomic_writer(report) as out:
+                out.write(page(found, shlex.join(["mirage", *sys.argv[1:]])).encode())
+        if figure is not None:
+            draw(found, figure)
+        return
+    for seed in numbers:
+        for row in wanted:
+            run_row(found, row, seed, load_model, typer.echo)

@@ -1,0 +1,255 @@
+"""A study: many recipes from the same bases, each with several seeds, tested alike, in one file.
+
+    <output>/<row>/seed-<s>/<recipe>/          the training run
+    <output>/<row>/seed-<s>/results.json       its evaluation
+
+Whatever is there already is not done again, and a run that was killed goes on from its newest checkpoint. Rows may be
+run by several processes at once, as long as no two run the same row and seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirage_vlm.decoding import EngineConfig, GenerationConfig
+from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.replace import REPLACEMENTS, chosen
+from mirage_vlm.evaluation.run import Settings, Source, plan, run_all
+from mirage_vlm.settings import read_settings
+from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.recipe import Recipe, load_recipe
+from mirage_vlm.training.run import FINAL, train
+from mirage_vlm.training.trainer import METRICS_FILE
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling import LatentVLM
+
+RESULTS = "results.json"
+DRAWN_AS = "plain"  # all rows are tested on the same examples, whatever their style
+HELPER = ("no", "training", "both")  # where a row sees the helper image
+
+
+@dataclass(frozen=True)
+class Test:
+    """What all rows are tested on: fresh held-out examples, the same for every row and seed.
+
+    Attributes:
+        max_new_tokens: most positions of a response.
+    """
+
+    __test__ = False  # not pytest's
+
+    task: str
+    levels: tuple[int, ...]
+    n: int
+    seed: int
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint that rows start from."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of training.
+
+    Attributes:
+        name: in tables and folders.
+        base: name of the checkpoint it starts from.
+        style: of the responses it is trained on and tested with.
+        recipes: files, each starting from the model of the one before.
+        about: one line for readers.
+        helper: where it sees the helper image: `no`, in `training`, or in `both` training and test.
+        overrides: of every recipe, as on the command line.
+        replacements: names for the replacement test; none = it is not run.
+    """
+
+    name: str
+    base: str
+    style: str
+    recipes: tuple[str, ...]
+    about: str = ""
+    helper: str = "no"
+    overrides: tuple[str, ...] = ()
+    replacements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole.
+
+    Attributes:
+        output: folder of all runs.
+        against: name of the row that others are compared with.
+        seeds: each row is trained once with each.
+    """
+
+    output: str
+    bases: tuple[Base, ...]
+    test: Test
+    rows: tuple[Row, ...]
+    against: str
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+    def row(self, name: str) -> Row:
+        """The row of that name.
+
+        Raises:
+            MirageError: there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise MirageError(f"there is no row {name!r}; choose from {', '.join(row.name for row in self.rows)}")
+
+    def folder(self, row: Row, seed: int) -> Path:
+        """Where one run of a row is."""
+        return Path(self.output) / row.name / f"seed-{seed}"
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file and check it with all its recipes.
+
+    Raises:
+        MirageError: a file cannot be read or something in it is wrong; the message names file, line and key.
+    """
+    study, where = read_settings(Study, path, (), "the study")
+
+    def require(holds: bool, key: str, message: str) -> None:
+        if not holds:
+            raise MirageError(f"{where(key)}: {key}: {message}")
+
+    names, bases = [row.name for row in study.rows], [base.name for base in study.bases]
+    require(bool(study.seeds), "seeds", "give at least one")
+    require(study.against in names, "against", f"there is no row {study.against!r}")
+    task = get_task(study.test.task)
+    for i, row in enumerate(study.rows):
+        key = f"rows[{i}]"
+        require(names.count(row.name) == 1, f"{key}.name", f"{row.name!r} is there twice")
+        require(row.base in bases, f"{key}.base", f"there is no base {row.base!r}")
+        require(row.helper in HELPER, f"{key}.helper", f"{row.helper!r} is not one of {', '.join(HELPER)}")
+        require(row.style in task.styles, f"{key}.style", f"{row.style!r} is not one of {', '.join(task.styles)}")
+        unknown = [name for name in row.replacements if name not in (*REPLACEMENTS, "all")]
+        require(not unknown, f"{key}.replacements", f"there is no {', '.join(unknown)}")
+        require(bool(row.recipes), f"{key}.recipes", "give at least one")
+        for recipe in row.recipes:
+            load_recipe(recipe, row.overrides)
+    return study
+
+
+def recipes_of(study: Study, row: Row, seed: int) -> list[Recipe]:
+    """The recipes of one run: each starts from the one before, with data and order of the seed."""
+    path = next(base.path for base in study.bases if base.name == row.base)
+    found = []
+    for i, file in enumerate(row.recipes, start=1):
+        recipe = load_recipe(file, row.overrides)
+        output = study.folder(row, seed) / f"{i}-{Path(file).stem}"
+        found.append(
+            replace(
+                recipe,
+                output_dir=str(output),
+                model=replace(recipe.model, path=path, scratch=None),
+                data=tuple(replace(source, seed=source.seed + 1000 * seed) for source in recipe.data),
+                train=replace(recipe.train, seed=seed),
+            )
+        )
+        path = str(output / FINAL)
+    return found
+
+
+def run_row(
+    study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM], tell: Callable[[str], None] = print
+) -> Path:
+    """Train and test one row with one seed, as far as it is not done.
+
+    Args:
+        load: a checkpoint by its name.
+        tell: called with a line before each thing that is done.
+
+    Returns:
+        Its results.json.
+
+    Raises:
+        MirageError: as `train` and `run_all`.
+    """
+    results = study.folder(row, seed) / RESULTS
+    if results.exists():
+        tell(f"{results}: is there")
+        return results
+    recipes = recipes_of(study, row, seed)
+    for recipe in recipes:
+        if not (Path(recipe.output_dir) / FINAL).exists():
+            tell(f"{recipe.output_dir}: training")
+            train(recipe, resume=True)
+    tell(f"{results}: testing")
+    test = study.test
+    made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
+    origin = {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
+    model = str(Path(recipes[-1].output_dir) / FINAL)
+    settings = Settings(
+        GenerationConfig(max_new_tokens=test.max_new_tokens),
+        EngineConfig(),
+        chosen(row.replacements) if row.replacements else (),
+    )
+    list(run_all(plan([model], [Source(origin, [made[i] for i in range(test.n)])], results), settings, load))
+    return results
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a row came to.
+
+    Attributes:
+        results: its results.json.
+        steps: optimisation steps of all its recipes.
+        seconds: of training, as the runs themselves measured them.
+        examples: different training examples of its last recipe.
+    """
+
+    seed: int
+    results: dict[str, Any]
+    steps: int
+    seconds: float
+    examples: int
+
+
+def outcomes(study: Study, row: Row) -> list[Outcome]:
+    """The runs of a row that are done, one for each seed."""
+    found = []
+    for seed in study.seeds:
+        file = study.folder(row, seed) / RESULTS
+        if not file.exists():
+            continue
+        recipes = recipes_of(study, row, seed)
+        lasts = [_last_line(Path(recipe.output_dir) / METRICS_FILE) for recipe in recipes]
+        found.append(
+            Outcome(
+                seed,
+                json.loads(file.read_text(encoding="utf-8")),
+                sum(last["step"] for last in lasts),
+                sum(last["train_runtime"] for last in lasts),
+                sum(source.n for source in recipes[-1].data),
+            )
+        )
+    return found
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def correct(results: dict[str, Any], replacement: str = "self") -> Sequence[bool]:
+    """Which items came out right, in order; with a replacement in place of the latents."""
+    if replacement == "self":
+        return [item["correct"] for item in results["items"]]
+    return [mark == "1" for mark in results["replacements"][replacement]["correct"]]

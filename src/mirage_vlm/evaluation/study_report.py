@@ -1,0 +1,156 @@
+"""What a study came to: a page with its tables, and a figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mirage_vlm.evaluation.intervals import bootstrap_over_seeds, in_points
+from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure
+from mirage_vlm.evaluation.replace import REPLACEMENTS
+from mirage_vlm.evaluation.study import Outcome, Row, Study, correct, outcomes
+from mirage_vlm.formats import atomic_writer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Interval = tuple[float, float, float]  # mean, low, high
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: its runs, and their outcomes on the items that all rows share."""
+
+    row: Row
+    runs: Sequence[Outcome]
+
+    def right(self, replacement: str = "self") -> np.ndarray:
+        """[S, N] outcomes of each seed."""
+        return np.array([correct(run.results, replacement) for run in self.runs], dtype=float)
+
+    def accuracy(self, replacement: str = "self") -> Interval:
+        return bootstrap_over_seeds(self.right(replacement).tolist())
+
+    def loss(self, replacement: str) -> Interval:
+        """self − replacement, item by item and seed by seed."""
+        return bootstrap_over_seeds((self.right() - self.right(replacement)).tolist())
+
+    def ahead(self, other: Line) -> Interval:
+        """This row − another, item by item, each the mean of its seeds.
+
+        The two have seeds of their own, so only what both share, the items, is drawn again together.
+        """
+        both = self.right(), other.right()
+        rng = np.random.default_rng(0)
+        n = both[0].shape[1]
+        means = []
+        for _ in range(2_000):
+            items = rng.multinomial(n, np.full(n, 1 / n)) / n
+            one, two = (table[rng.integers(len(table), size=len(table))].mean(axis=0) @ items for table in both)
+            means.append(one - two)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return float(both[0].mean() - both[1].mean()), float(low), float(high)
+
+    def replacements(self) -> list[str]:
+        """Those that all its runs have, `self` left out."""
+        there = [run.results.get("replacements", {}) for run in self.runs]
+        return [name for name in REPLACEMENTS if name != "self" and all(name in found for found in there)]
+
+
+def lines(study: Study) -> list[Line]:
+    """The rows of which at least one seed is done, in the order of the study."""
+    return [Line(row, runs) for row in study.rows if (runs := outcomes(study, row))]
+
+
+def page(study: Study, command: str) -> str:
+    """Markdown: one table of all rows, and one of the replacement test.
+
+    Args:
+        command: that makes this page.
+    """
+    done = lines(study)
+    reference = next((line for line in done if line.row.name == study.against), None)
+    test = study.test
+    levels = ", ".join(map(str, test.levels))
+    parts = [
+        f"Made by `{command}`. Test: {test.n} held-out `{test.task}` maps of sides {levels}, the same for every row. "
+        "Accuracy in percent, the mean of the seeds, with a 95 % interval over seeds and maps (over maps alone where "
+        "there is one seed).",
+        "",
+        f"| base | row | helper image | seeds | maps | steps | seconds | accuracy | 95 % | − {study.against} | 95 % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in done:
+        mean, low, high = line.accuracy()
+        ahead = ("", "")
+        if reference is not None and line is not reference:
+            difference, *ends = line.ahead(reference)
+            ahead = (f"{100 * difference:+.1f}", in_points(ends))
+        run = line.runs[0]
+        seconds = sum(each.seconds for each in line.runs) / len(line.runs)
+        cells = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
+        numbers = (f"{seconds:,.0f}", f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead)
+        parts.append("| " + " | ".join(map(str, (*cells, *numbers))) + " |")
+    tested = [line for line in done if line.replacements()]
+    if tested:
+        names = [name for name in REPLACEMENTS if any(name in line.replacements() for line in tested) or name == "self"]
+        parts += ["", "With something else in the place of the latents:", ""]
+        parts += ["| base | row | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+        for line in tested:
+            there = ("self", *line.replacements())
+            shown = [f"{100 * line.accuracy(name)[0]:.1f}" if name in there else "–" for name in names]
+            parts.append(f"| {line.row.base} | {line.row.name} | " + " | ".join(shown) + " |")
+    parts += ["", "| row | what it is |", "|---|---|"]
+    parts += [f"| {line.row.name} | {line.row.about} |" for line in done]
+    return "\n".join(parts) + "\n"
+
+
+def draw(study: Study, path: str | Path) -> None:
+    """Write the figure of a study.
+
+    Raises:
+        MirageError: as `check_figure`, or the file cannot be written.
+    """
+    check_figure(path)
+    drawn = io.BytesIO()
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    figure(study).savefig(drawn, format=suffix, dpi=150, metadata={"Software": None} if suffix == "png" else None)
+    with atomic_writer(Path(path)) as file:
+        file.write(drawn.getvalue())
+
+
+def figure(study: Study) -> Figure:
+    """A bar for each row, a dot where the best empty replacement of its latents leaves it, and one for the oracle."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    done = lines(study)
+    drawn = Figure(figsize=(8, 1.6 + 0.36 * len(done)), layout="constrained")
+    axes = drawn.add_subplot()
+    for y, line in enumerate(done):
+        mean, low, high = (100 * value for value in line.accuracy())
+        axes.barh(y, mean, height=0.62, color="#c9ccd1" if line.row.helper != "both" else "#e6e7ea")
+        axes.errorbar(mean, y, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=SELF, capsize=3)
+        axes.annotate(f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        there = line.replacements()
+        empty = [100 * line.accuracy(name)[0] for name in there if REPLACEMENTS[name].empty]
+        if empty:
+            axes.plot(max(empty), y, "o", color=EMPTY)
+        if "oracle" in there:
+            axes.plot(100 * line.accuracy("oracle")[0], y, "D", color=INFORMATIVE, markersize=5)
+    axes.set_yticks(range(len(done)), [f"{line.row.base}: {line.row.name}" for line in done])
+    axes.set_ylim(len(done) - 0.4, -0.6)
+    axes.set_xlim(0, 108)
+    axes.set_xlabel(f"accuracy in %, {study.test.n} held-out maps")
+    axes.spines[["top", "right"]].set_visible(False)
+    marks = [
+        Line2D([], [], color=EMPTY, marker="o", linestyle="", label="best empty replacement of its latents"),
+        Line2D([], [], color=INFORMATIVE, marker="D", linestyle="", label="oracle latents"),
+    ]
+    drawn.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return drawn

@@ -1,0 +1,187 @@
+"""Studies: trained and tested once, resumed, and reported as an independent computation has it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import SCRATCH
+
+from mirage_vlm.cli.main import run as command
+from mirage_vlm.cli.options import load_model
+from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation import study as study_module
+from mirage_vlm.evaluation.intervals import bootstrap_over_seeds
+from mirage_vlm.evaluation.study import correct, load_study, outcomes, recipes_of, run_row
+from mirage_vlm.evaluation.study_report import page
+from mirage_vlm.training import run
+from mirage_vlm.training.recipe import load_recipe
+
+BASE = """\
+stage: sft
+output_dir: {folder}/base
+model: {{scratch: {scratch}, latent_size: 2, image_scale: 0.4375, attn: eager}}
+data: [{{task: vsp-planning, levels: [3], n: 8, style: words}}]
+train: {{max_steps: 1}}
+"""
+RECIPE = """\
+stage: {stage}
+output_dir: ignored
+model: {{path: ignored, attn: eager}}
+data: [{{task: vsp-planning, levels: [3], n: 8, seed: 7, style: {style}}}]
+train: {{max_steps: 2, learning_rate: 1.0e-3}}
+"""
+STUDY = """\
+output: {folder}/study
+bases: [{{name: P, path: {folder}/base/final}}]
+test: {{task: vsp-planning, levels: [3], n: 12, seed: 5, max_new_tokens: 24}}
+against: plain
+seeds: [1, 2]
+rows:
+  - {{name: plain, base: P, style: plain, recipes: [{folder}/plain.yaml], about: direct answers}}
+  - name: paper
+    base: P
+    style: direct
+    recipes: [{folder}/one.yaml, {folder}/two.yaml]
+    helper: training
+    replacements: [zero, markers]
+    overrides: [train.learning_rate=2.0e-3]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "base.yaml").write_text(BASE.format(folder=folder, scratch=SCRATCH))
+    run.train(load_recipe(folder / "base.yaml"))
+    for name, stage, style in (("plain", "sft", "plain"), ("one", "stage1", "direct"), ("two", "stage2", "direct")):
+        (folder / f"{name}.yaml").write_text(RECIPE.format(stage=stage, style=style))
+    (folder / "study.yaml").write_text(STUDY.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """Both rows with both seeds."""
+    study = load_study(folder / "study.yaml")
+    for row in study.rows:
+        for seed in study.seeds:
+            run_row(study, row, seed, load_model, lambda line: None)
+    return study
+
+
+def test_each_run_has_its_seed_base_and_folder(folder, done):
+    one, two = recipes_of(done, done.row("paper"), 2)
+    assert (one.model.path, two.model.path) == (f"{folder}/base/final", f"{one.output_dir}/final")
+    assert one.output_dir == f"{folder}/study/paper/seed-2/1-one"
+    assert (one.train.seed, one.data[0].seed, one.train.learning_rate) == (2, 2007, 2e-3)
+    for row in done.rows:
+        for seed in done.seeds:
+            for recipe in recipes_of(done, row, seed):
+                assert (
+                    json.loads((Path(recipe.output_dir) / "final" / "recipe.json").read_text())["train"]["seed"] == seed
+                )
+
+
+def test_all_rows_are_tested_on_the_same_maps(done):
+    names = {
+        tuple(item["name"] for item in outcome.results["items"]) for row in done.rows for outcome in outcomes(done, row)
+    }
+    assert len(names) == 1
+
+
+def test_what_is_done_is_not_done_again(done, monkeypatch):
+    monkeypatch.setattr(study_module, "train", None)
+    monkeypatch.setattr(study_module, "run_all", None)
+    told = []
+    for row in done.rows:
+        run_row(done, row, 1, load_model, told.append)
+    assert len(told) == 2 and all(line.endswith("results.json: is there") for line in told)
+
+
+def test_a_run_whose_test_is_missing_is_only_tested(done, monkeypatch):
+    file = done.folder(done.row("paper"), 2) / "results.json"
+    before = json.loads(file.read_text())
+    file.unlink()
+    monkeypatch.setattr(study_module, "train", None)
+    run_row(done, done.row("paper"), 2, load_model, lambda line: None)
+    after = json.loads(file.read_text())
+    assert after["items"] == before["items"] and after["replacements"] == before["replacements"]
+
+
+def test_the_page_says_what_the_results_say(done):
+    text = page(done, "mirage study x.yaml")
+    (row,) = [line for line in text.splitlines() if line.startswith("| P | paper | training |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3:6] == ["2", "8", "4"]
+    rights = [np.mean(correct(o.results)) for o in outcomes(done, done.row("paper"))]
+    assert float(cells[7]) == pytest.approx(100 * np.mean(rights), abs=0.06)
+    plain = [np.mean(correct(o.results)) for o in outcomes(done, done.row("plain"))]
+    assert float(cells[9]) == pytest.approx(100 * (np.mean(rights) - np.mean(plain)), abs=0.06)
+    (header,) = [line for line in text.splitlines() if line.startswith("| base | row | self |")]
+    assert header == "| base | row | self | zero | markers |"
+    (tested,) = [line for line in text.splitlines() if re.match(r"\| P \| paper \| [\d.]+ \|", line)]
+    zero = [np.mean(correct(o.results, "zero")) for o in outcomes(done, done.row("paper"))]
+    assert float(tested.strip("|").split("|")[3]) == pytest.approx(100 * np.mean(zero), abs=0.06)
+
+
+def test_the_command(folder, done, capsys):
+    pytest.importorskip("matplotlib")
+    report, figure = folder / "page.md", folder / "figure.png"
+    with pytest.raises(SystemExit) as end:
+        command(["study", str(folder / "study.yaml"), "--report", str(report), "--figure", str(figure)])
+    assert not end.value.code and figure.read_bytes().startswith(b"\x89PNG") and "| paper |" in report.read_text()
+    with pytest.raises(SystemExit) as end:
+        command(["study", str(folder / "study.yaml"), "--seeds", "9"])
+    assert end.value.code == 2 and "the study has no 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("against: plain", "against: none", "study.yaml:4: against: there is no row 'none'"),
+        ("name: paper", "name: plain", "rows[0].name: 'plain' is there twice"),
+        ("base: P, style", "base: Q, style", "rows[0].base: there is no base 'Q'"),
+        ("style: plain", "style: prose", "rows[0].style: 'prose' is not one of"),
+        ("[zero, markers]", "[zeros]", "rows[1].replacements: there is no zeros"),
+        ("helper: training", "helper: yes", "rows[1].helper: expected str"),
+        ("2.0e-3", "fast", "override 'train.learning_rate=fast'"),
+    ],
+)
+def test_what_is_wrong_is_named(folder, tmp_path, old, new, message):
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY.format(folder=folder).replace(old, new, 1))
+    with pytest.raises(MirageError, match=re.escape(message)):
+        load_study(path)
+
+
+# -- intervals over seeds --------------------------------------------------------------------------------------------
+
+
+def test_one_seed_has_the_usual_bootstrap_interval():
+    outcomes = [[1.0] * 70 + [0.0] * 30]
+    mean, low, high = bootstrap_over_seeds(outcomes, rounds=20_000)
+    rng = np.random.default_rng(5)
+    drawn = np.quantile([rng.choice(outcomes[0], 100).mean() for _ in range(20_000)], [0.025, 0.975])
+    assert mean == pytest.approx(0.7) and (low, high) == pytest.approx(drawn, abs=0.011)
+
+
+def test_seeds_that_differ_widen_it():
+    rng = np.random.default_rng(0)
+    items = rng.random(400)
+    alike = [(items < 0.5).astype(float).tolist()] * 3
+    apart = [(items < level).astype(float).tolist() for level in (0.2, 0.5, 0.8)]
+    widths = []
+    for table in (alike, apart):
+        mean, low, high = bootstrap_over_seeds(table)
+        assert mean == pytest.approx(np.mean(table)) and low < mean < high
+        widths.append(high - low)
+    assert widths[1] > 4 * widths[0]
+    between = np.std([np.mean(row) for row in apart])  # of a mean of three drawn again
+    assert widths[1] == pytest.approx(2 * 1.96 * between / 3**0.5, rel=0.25)
+
+
+def test_seeds_must_share_their_items():
+    with pytest.raises(MirageError, match="the same items, at least one, for each seed"):
+        bootstrap_over_seeds([[1.0, 0.0], [1.0]])
