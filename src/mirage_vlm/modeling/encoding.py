@@ -101,7 +101,7 @@ class Encoder:
         prompt, images = self.prompt(trajectory.prompt)
         helpers = None
         if targets or self.config.pooling == "full":
-            helpers = self.pictures([self._target_picture(span, trajectory) for span in trajectory.spans])
+            helpers = self.pictures([self.target_picture(span, trajectory) for span in trajectory.spans])
         grids = [None] * len(trajectory.spans) if helpers is None else list(helpers.grid_thw)
         lengths = [self._span_length(span, grid) for span, grid in zip(trajectory.spans, grids, strict=True)]
         text = render_response(trajectory.response, lengths) + self.tokenizer.eos_token
@@ -116,7 +116,7 @@ class Encoder:
         self._label_readings(labels, input_ids, trajectory, images)
         if not targets:
             return Encoded(input_ids, labels, images, None)
-        return Encoded(input_ids, labels, images, helpers, _regions(trajectory.spans, lengths))
+        return Encoded(input_ids, labels, images, helpers, boxes(trajectory.spans, lengths))
 
     def pictures(self, images: Sequence[Image]) -> Pictures | None:
         """Pictures through the image processor, resized by the checkpoint's `image_scale` first.
@@ -157,13 +157,13 @@ class Encoder:
             MirageError: it has no helper image, the picture cannot be opened, k is larger than its patches, or it is
                 not the number of its regions.
         """
-        picture = self._target_picture(span, trajectory)
+        picture = self.target_picture(span, trajectory)
         width, height = self._scaled(picture.size())
-        if self._own_length(span) is None:
+        if self.own_length(span) is None:
             patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
             span_length(self.config.pooling, patches, span.k or self.config.latent_size, picture)
 
-    def _target_picture(self, span: LatentSpan, trajectory: Trajectory) -> Image:
+    def target_picture(self, span: LatentSpan, trajectory: Trajectory) -> Image:
         """What a span's targets are features of: its helper image, or the prompt's picture."""
         if self.config.target == "prompt":
             if (picture := next(trajectory.images(), None)) is None:
@@ -178,7 +178,7 @@ class Encoder:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
     def _span_length(self, span: LatentSpan, grid: torch.Tensor | None) -> int:
-        own = self._own_length(span)
+        own = self.own_length(span)
         k = own or (self.config.latent_size if span.k is None else span.k)
         if k < 1:
             raise MirageError(f"a latent span must have at least one latent, not k = {k}")
@@ -188,7 +188,7 @@ class Encoder:
         return span_length(self.config.pooling, height * width, k, span.helper)
 
     @staticmethod
-    def _own_length(span: LatentSpan) -> int | None:
+    def own_length(span: LatentSpan) -> int | None:
         """k of a span whose latents have regions; None of one that has none."""
         if span.regions is None:
             return None
@@ -230,7 +230,7 @@ def render_response(segments: Sequence[Segment], lengths: Sequence[int]) -> str:
     )
 
 
-def _regions(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor | None:
+def boxes(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor | None:
     """[latents, 4] boxes of all latents, NaN where a span has none; None where none has."""
     if all(span.regions is None for span in spans):
         return None
