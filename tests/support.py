@@ -10,7 +10,9 @@ import PIL.Image
 import torch
 
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.encoding import Encoded
 from mirage_vlm.training.data import collate
+from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.trajectory import Image, LatentSpan, Trajectory, assistant_turn, user_turn
 
@@ -56,6 +58,37 @@ def ragged() -> list[Trajectory]:
 
 def batch_of(vlm: LatentVLM, trajectories: Sequence[Trajectory], targets: bool = True) -> Batch:
     return Batch(**collate([vlm.encoder.example(t, targets=targets) for t in trajectories], vlm.encoder))
+
+
+def replayed(vlm: LatentVLM, trajectories: Sequence[Trajectory]) -> Batch:
+    """The decoded tokens, as a training batch."""
+    examples = []
+    for trajectory in trajectories:
+        prompt, images = vlm.encoder.prompt(trajectory.prompt)
+        ids = torch.tensor([*prompt, *trajectory.decoding.token_ids])
+        examples.append(Encoded(ids, ids, images, None))
+    return Batch(**collate(examples, vlm.encoder))
+
+
+def check_replay(vlm: LatentVLM, trajectories: Sequence[Trajectory]) -> None:
+    """Stage 2 over the decoded tokens finds the same latents, and would choose the same tokens."""
+    config, batch = vlm.config, replayed(vlm, trajectories)
+    with torch.no_grad():
+        loss = stage2(vlm, batch)
+        slow = [slow_rollout(vlm, row) for row in split(vlm, batch)]
+    counts = (batch.input_ids == config.pad_id).sum(dim=1).tolist()
+    for i, (trajectory, latents) in enumerate(zip(trajectories, loss.consumed.split(counts), strict=True)):
+        spans = [span.latents for span in trajectory.spans if span.latents is not None]
+        own = torch.cat(spans) if spans else latents[:0]
+        assert len(latents) - 1 <= len(own) <= len(latents), "at most the very last pad was not consumed any more"
+        assert distance(own, latents[: len(own)]) < 1e-4, f"row {i}: decoding and stage 2"
+        assert distance(own, slow[i][1][: len(own)]) < 1e-4, f"row {i}: decoding and the slow rollout"
+        start = len(vlm.encoder.prompt(trajectory.prompt)[0])
+        logits = vlm.logits(slow[i][0])
+        logits[:, [config.pad_id, config.end_id]] = -torch.inf
+        for t, token in enumerate(trajectory.decoding.token_ids, start):
+            if token not in (config.pad_id, config.end_id):
+                assert logits[t - 1].argmax() == token, f"row {i}, position {t}"
 
 
 def split(vlm: LatentVLM, batch: Batch) -> list[Batch]:
@@ -137,10 +170,24 @@ def slow_rollout(vlm: LatentVLM, row: Batch) -> tuple[torch.Tensor, torch.Tensor
             state = slow_forward(vlm, row, embeddings[:position])[-1]
             if vlm.config.feedback == "linear":
                 state = vlm.feedback.proj.weight @ state + vlm.feedback.proj.bias
+            if vlm.config.feedback == "pointer":
+                _, state, _ = slow_pointer(vlm, row, state)
             embeddings[position] = state
             latents.append(state)
     hidden = slow_forward(vlm, row, embeddings)
     return hidden, torch.stack(latents) if latents else hidden.new_zeros(0, hidden.shape[-1])
+
+
+def slow_pointer(
+    vlm: LatentVLM, row: Batch, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """[N] log-probabilities of the row's patches, the mixture of them, and the patches."""
+    if row.pixel_values is None:
+        return hidden[:0], torch.zeros_like(hidden), []
+    seen = [f for image in vlm.image_features(row.pixel_values, row.grid_thw) for f in image]
+    query = vlm.feedback.query.weight @ hidden
+    scores = torch.stack([query @ (vlm.feedback.key.weight @ f) for f in seen]) / vlm.width**0.5
+    return scores.log_softmax(-1), sum(w * f for w, f in zip(scores.softmax(-1), seen, strict=True)), seen
 
 
 def slow_cross_entropy(vlm: LatentVLM, row: Batch, hidden: torch.Tensor) -> torch.Tensor:

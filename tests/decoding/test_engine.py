@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import dialogue, distance, picture, ragged, slow_embeddings, slow_positions, slow_rollout, split
-from test_generate import assert_same, replayed
+from support import dialogue, distance, picture, ragged, replayed, slow_embeddings, slow_positions, slow_rollout, split
+from test_generate import assert_same
 
 from mirage_vlm.decoding import (
     Engine,

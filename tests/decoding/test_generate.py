@@ -6,15 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import dialogue, distance, picture, ragged, slow_rollout, split
+from support import check_replay, dialogue, distance, picture, ragged, replayed, slow_rollout, split
 
 from mirage_vlm.decoding import EngineConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.modeling.encoding import Encoded
-from mirage_vlm.training.data import collate
 from mirage_vlm.training.losses import stage2
-from mirage_vlm.training.rollout import Batch
 from mirage_vlm.trajectory import Image, Text, Trajectory, user_turn
 
 TOKENS = 40
@@ -133,37 +130,6 @@ def test_greedy_decoding_is_that_of_transformers_where_there_is_no_span(tiny, pr
 
 
 # -- one meaning -----------------------------------------------------------------------------------------------------
-
-
-def replayed(vlm: LatentVLM, trajectories: Sequence[Trajectory]) -> Batch:
-    """The decoded tokens, as a training batch."""
-    examples = []
-    for trajectory in trajectories:
-        prompt, images = vlm.encoder.prompt(trajectory.prompt)
-        ids = torch.tensor([*prompt, *trajectory.decoding.token_ids])
-        examples.append(Encoded(ids, ids, images, None))
-    return Batch(**collate(examples, vlm.encoder))
-
-
-def check_replay(vlm: LatentVLM, trajectories: Sequence[Trajectory]) -> None:
-    """Stage 2 over the decoded tokens finds the same latents, and would choose the same tokens."""
-    config, batch = vlm.config, replayed(vlm, trajectories)
-    with torch.no_grad():
-        loss = stage2(vlm, batch)
-        slow = [slow_rollout(vlm, row) for row in split(vlm, batch)]
-    counts = (batch.input_ids == config.pad_id).sum(dim=1).tolist()
-    for i, (trajectory, latents) in enumerate(zip(trajectories, loss.consumed.split(counts), strict=True)):
-        spans = [span.latents for span in trajectory.spans if span.latents is not None]
-        own = torch.cat(spans) if spans else latents[:0]
-        assert len(latents) - 1 <= len(own) <= len(latents), "at most the very last pad was not consumed any more"
-        assert distance(own, latents[: len(own)]) < 1e-4, f"row {i}: decoding and stage 2"
-        assert distance(own, slow[i][1][: len(own)]) < 1e-4, f"row {i}: decoding and the slow rollout"
-        start = len(vlm.encoder.prompt(trajectory.prompt)[0])
-        logits = vlm.logits(slow[i][0])
-        logits[:, [config.pad_id, config.end_id]] = -torch.inf
-        for t, token in enumerate(trajectory.decoding.token_ids, start):
-            if token not in (config.pad_id, config.end_id):
-                assert logits[t - 1].argmax() == token, f"row {i}, position {t}"
 
 
 @pytest.mark.parametrize("rule", ["fixed", "learned"])

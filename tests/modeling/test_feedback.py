@@ -8,7 +8,7 @@ import torch
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.modeling.feedback import FEEDBACKS, build_feedback
+from mirage_vlm.modeling.feedback import FEEDBACKS, Patches, build_feedback
 
 
 def test_identity_has_no_weights():
@@ -84,15 +84,16 @@ def test_every_feedback_is_saved_with_the_checkpoint(tiny, tmp_path, name):
     vlm.save_pretrained(tmp_path / "saved")
     loaded = LatentVLM.from_pretrained(tmp_path / "saved")
     assert loaded.config == config
-    hidden = torch.randn(5, vlm.width)
-    assert torch.equal(vlm.feedback(hidden), loaded.feedback(hidden))
+    hidden, patches = torch.randn(5, vlm.width), Patches(torch.randn(5, 4, vlm.width), torch.ones(5, 4).bool())
+    assert torch.equal(vlm.feedback(hidden, patches), loaded.feedback(hidden, patches))
     assert loaded.feedback_is_new == (not vlm.feedback.state_dict())
 
 
 @pytest.mark.parametrize("name", sorted(FEEDBACKS))
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("shape", [(2,), (2, 3)])
 def test_every_feedback_keeps_the_shape(name, shape):
-    assert build_feedback(name, 7)(torch.randn(*shape, 7)).shape == (*shape, 7)
+    patches = Patches(torch.randn(2, 4, 7), torch.ones(2, 4, dtype=torch.bool))
+    assert build_feedback(name, 7)(torch.randn(*shape, 7), patches).shape == (*shape, 7)
 
 
 def test_an_unknown_feedback():

@@ -7,8 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import SCRATCH, batch_of, dialogue, picture, slow_cross_entropy, slow_embeddings, slow_forward
+from support import (
+    SCRATCH,
+    batch_of,
+    check_replay,
+    dialogue,
+    distance,
+    picture,
+    slow_cross_entropy,
+    slow_embeddings,
+    slow_forward,
+    slow_pointer,
+)
 
+from mirage_vlm.decoding import EngineConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.feedback import build_feedback
@@ -16,6 +28,7 @@ from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training import run
 from mirage_vlm.training.align import ALIGNMENTS, Cosine
 from mirage_vlm.training.losses import stage1, stage2, targets_of
+from mirage_vlm.training.own import forward_own
 from mirage_vlm.training.recipe import load_recipe
 from mirage_vlm.trajectory import LatentSpan
 
@@ -77,7 +90,7 @@ def test_code_is_cross_entropy_on_the_nearest_entry(pair):
 
 
 def test_code_needs_a_table():
-    with pytest.raises(MirageError, match=r"code needs a feedback with a table; set model\.feedback"):
+    with pytest.raises(MirageError, match="code needs a feedback that chooses, such as codebook or pointer"):
         ALIGNMENTS["code"]().check(IDENTITY)
 
 
@@ -172,6 +185,51 @@ def test_decoding_mixes_the_table(coded, regions):
         assert torch.allclose(weights.sum(0), torch.ones(len(span.latents)).double(), atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def pointing(tiny) -> LatentVLM:
+    """The tiny model, pointing at the patches of its prompt."""
+    parts = copy.deepcopy(tiny)
+    config = replace(tiny.config, feedback="pointer", target="prompt")
+    torch.manual_seed(3)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, config).eval()
+    for layer in (vlm.feedback.query, vlm.feedback.key):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return vlm
+
+
+POINTED = [
+    dialogue([picture(3, 2, 5), "Which way?"], [LatentSpan(regions=BOXES), "right."]),
+    dialogue([picture(2, 2, 6), " or ", picture(1, 1, 9), "?"], ["Go ", LatentSpan(regions=BOXES[:1]), "down."]),
+]
+
+
+def test_a_pointer_mixes_the_patches_of_its_own_prompt(pointing):
+    batch = batch_of(pointing, POINTED)
+    hidden, latents = forward_own(pointing, batch)
+    kept = stage2(pointing, batch, alignment=ALIGNMENTS["code"]())
+    expected, align = [], 0.0
+    for i, example in enumerate(POINTED):
+        row = batch_of(pointing, [example])
+        embeddings = slow_embeddings(pointing, row)
+        places = (row.input_ids[0] == pointing.config.pad_id).nonzero().flatten().tolist()
+        for place, target in zip(places, targets_of(pointing, row), strict=True):
+            chances, mixture, seen = slow_pointer(pointing, row, slow_forward(pointing, row, embeddings[:place])[-1])
+            apart = [float((patch - target).norm().detach()) for patch in seen]
+            align -= chances[apart.index(min(apart))]
+            embeddings[place] = mixture
+            expected.append(mixture)
+        assert distance(hidden[i, : len(embeddings)], slow_forward(pointing, row, embeddings)) < 1e-5
+    assert distance(latents, torch.stack(expected)) < 1e-5
+    assert kept.align_sum.item() == pytest.approx(float(align.detach()), rel=1e-5)
+
+
+def test_a_pointer_decodes_as_it_is_trained(pointing):
+    prompts = [*POINTED, dialogue(["No picture here."], ["x"]), *POINTED]
+    rows = pointing.generate(prompts, max_new_tokens=24, engine=EngineConfig(max_rows=3))
+    check_replay(pointing, rows)
+    assert any(span.latents.abs().sum() > 0 for row in rows for span in row.spans if span.latents is not None)
+
+
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 RECIPE = """\
@@ -202,6 +260,9 @@ def recipe_of(folder, stage, style, *overrides, model=f"scratch: {SCRATCH}"):
         ("stage1", "cells", ["model.target=prompt", "loss.alignment=contrastive", "model.stop_rule=learned"]),
         ("stage2", "cells", ["model.feedback=codebook", "model.codes=8", "loss.align_stage2=1", "loss.alignment=code"]),
         ("stage2", "direct", ["model.feedback=pause"]),
+        ("stage1", "cells", ["model.feedback=pointer", "model.target=prompt", "loss.alignment=code"]),
+        ("stage2", "steps", ["train.own_share=[0.5, 1.0]", "train.visibility=evict"]),
+        ("stage1", "direct", ["train.visibility=bottleneck"]),
         ("sft", "words", []),
         ("sft", "shown", []),
     ],

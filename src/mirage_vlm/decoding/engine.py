@@ -228,7 +228,8 @@ class Engine:
         live = rows.status == LIVE
         rows.length = rows.length + live
         rows.position = rows.position + live
-        inputs = self.vlm.recast(rows.token, rows.hidden)  # [B, D]
+        seen = rows.seen() if self.vlm.feedback.reads_patches else None
+        inputs = self.vlm.recast(rows.token, rows.hidden, seen)  # [B, D]
         thinking = live & (rows.token == self.vlm.config.pad_id)
         if rows.given.shape[1]:
             which = (rows.latents - 1).clamp(min=0, max=rows.given.shape[1] - 1)

@@ -33,6 +33,7 @@ class Prompt:
         hidden: [D] the newest hidden state.
         position: rotary position of the response's first token.
         blind: its pictures have left the cache.
+        patches: [n, D] the features of its pictures, for a feedback that reads them.
     """
 
     source: Trajectory
@@ -44,6 +45,7 @@ class Prompt:
     hidden: torch.Tensor | None = None
     position: int = 0
     blind: bool = False
+    patches: torch.Tensor | None = None
 
     def drop_pictures(self, pool: BlockPool, image_token: int) -> int:
         """Take the pictures out of the cache; returns how many blocks that freed."""
@@ -112,8 +114,10 @@ class Reader:
         hidden = run_paged(vlm, embeds, positions, Prefill(pool, blocks))
         newest = hidden[torch.arange(len(prompts)), lengths - 1]
         following = (positions.amax(dim=0).masked_fill(mask == 0, 0).amax(dim=1) + 1).tolist()
-        for prompt, state, position in zip(prompts, newest, following, strict=True):
+        for prompt, state, position, own in zip(prompts, newest, following, features, strict=True):
             prompt.hidden, prompt.position, prompt.pictures = state, position, None
+            if vlm.feedback.reads_patches and own:
+                prompt.patches = torch.cat(own).to(embeds)
 
     def _features(self, prompts: Sequence[Prompt]) -> list[list[torch.Tensor]]:
         """Features of each prompt's pictures; every picture that is not known goes through one vision pass."""

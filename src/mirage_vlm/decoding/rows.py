@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mirage_vlm.decoding.sampling import allowed, draw, uniforms
+from mirage_vlm.modeling.feedback import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +45,8 @@ class Rows:
         k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, seed, evict: [B] the request's.
         forced: [B, F] tokens of a replay, −1 after its end.
         given: [B, L, D] latents of a replay, and [B] `given_count` of them.
+        patches: [B, N, D] features of the prompt's pictures, and [B] `patch_count` of them; N = 0 where the feedback
+            does not read them.
     """
 
     hidden: torch.Tensor
@@ -68,9 +72,16 @@ class Rows:
     forced: torch.Tensor
     given: torch.Tensor
     given_count: torch.Tensor
+    patches: torch.Tensor
+    patch_count: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def seen(self) -> Patches:
+        """The patches, for a feedback that reads them."""
+        places = torch.arange(self.patches.shape[1], device=self.patches.device)
+        return Patches(self.patches, places < self.patch_count.unsqueeze(1))
 
     def pick(self, index: torch.Tensor) -> Rows:
         """The rows at `index`, in its order."""
@@ -84,7 +95,7 @@ class Rows:
             if f.name == "forced":
                 width = max(ours.shape[1], theirs.shape[1])
                 ours, theirs = (F.pad(t, (0, width - t.shape[1]), value=NOTHING) for t in (ours, theirs))
-            if f.name == "given":
+            if f.name in ("given", "patches"):
                 width = max(ours.shape[1], theirs.shape[1])
                 ours, theirs = (F.pad(t, (0, 0, 0, width - t.shape[1])) for t in (ours, theirs))
             joined[f.name] = torch.cat([ours, theirs])
@@ -114,6 +125,7 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
     for row, vectors in enumerate(given):
         if len(vectors):
             latents[row, : len(vectors)] = vectors.to(latents)
+    patches = [r.prompt.patches if r.prompt.patches is not None else latents.new_zeros(0, width) for r in wave]
     return Rows(
         hidden=torch.stack([r.prompt.hidden for r in wave]),  # type: ignore[misc]
         token=nothing,
@@ -138,6 +150,8 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         forced=numbers([f + [NOTHING] * (longest - len(f)) for f in forced]).view(len(wave), longest),
         given=latents,
         given_count=numbers([len(vectors) for vectors in given]),
+        patches=pad_sequence(patches, batch_first=True),
+        patch_count=numbers([len(own) for own in patches]),
     )
 
 

@@ -6,6 +6,8 @@ name it in `FEEDBACKS`; training, decoding and everything built on them call it 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,19 @@ from torch import nn
 from mirage_vlm.errors import MirageError
 
 ROUNDS = 25  # of k-means
+MASKED = -1e30  # finite, so that a row without pictures has no NaN
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Features of each row's pictures: [B, N, D], zeros after a row's last, and [B, N] which are there."""
+
+    features: torch.Tensor
+    there: torch.Tensor
+
+    def pick(self, rows: torch.Tensor) -> Patches:
+        """Those of the rows at [n] indices, in their order."""
+        return Patches(self.features[rows], self.there[rows])
 
 
 class Feedback(nn.Module):
@@ -21,13 +36,18 @@ class Feedback(nn.Module):
     Args:
         width: D, of hidden states and input embeddings.
         codes: C, entries of the table, where it has one.
+
+    Attributes:
+        reads_patches: it has to be given the patches of the prompts' pictures.
     """
+
+    reads_patches = False
 
     def __init__(self, width: int, codes: int):
         super().__init__()
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] last hidden states → [..., D] input embeddings."""
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        """[..., D] last hidden states → [..., D] input embeddings; with patches the first dimension is their row."""
         raise NotImplementedError
 
     def fit(self, targets: torch.Tensor) -> None:
@@ -37,19 +57,19 @@ class Feedback(nn.Module):
         """[n, D] targets → [n, D] what stands in the place of latents when targets are given."""
         return targets
 
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """[n, D] hidden states → [n, C] logits of the table's entries; None where there is no table."""
-        return None
+    def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        """[n, D] hidden states → [n, C] logits of what it chooses from, where it does choose."""
+        raise NotImplementedError
 
-    def labels(self, targets: torch.Tensor) -> torch.Tensor:
-        """[n, D] targets → [n] the table's entry nearest to each."""
+    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        """[n, D] targets → [n] the nearest of what it chooses from."""
         raise NotImplementedError
 
 
 class Identity(Feedback):
     """The hidden state itself, as in Mirage (arXiv 2506.17218) and Coconut (arXiv 2412.06769)."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return hidden
 
 
@@ -62,7 +82,7 @@ class Linear(Feedback):
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.proj(hidden)
 
 
@@ -78,7 +98,7 @@ class Rescaled(Feedback):
         super().__init__(width, codes)
         self.register_buffer("size", torch.ones(()))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return F.normalize(hidden, dim=-1) * self.size
 
     def fit(self, targets: torch.Tensor) -> None:
@@ -99,7 +119,7 @@ class Codebook(Feedback):
         self.head = nn.Linear(width, codes)
         self.register_buffer("table", torch.zeros(codes, width))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.head(hidden).softmax(dim=-1) @ self.table
 
     def fit(self, targets: torch.Tensor) -> None:
@@ -128,10 +148,10 @@ class Codebook(Feedback):
     def consumed(self, targets: torch.Tensor) -> torch.Tensor:
         return self.table[self.labels(targets)].to(targets.dtype)
 
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+    def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.head(hidden)
 
-    def labels(self, targets: torch.Tensor) -> torch.Tensor:
+    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return torch.cdist(targets.to(self.table), self.table).argmin(dim=1)
 
 
@@ -147,6 +167,36 @@ def _far_apart(targets: torch.Tensor, count: int) -> torch.Tensor:
     return chosen.to(targets.device)
 
 
+class Pointer(Feedback):
+    """A mixture of the patches of the prompt's own pictures: softmax over them, then their mean by it.
+
+    A latent is then what the model has seen, in the model's own input space, and the right patch can be learnt by
+    cross-entropy.
+    """
+
+    reads_patches = True
+
+    def __init__(self, width: int, codes: int):
+        super().__init__(width, codes)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        assert patches is not None
+        return torch.einsum("b...n,bnd->b...d", self.scores(hidden, patches).softmax(dim=-1), patches.features)
+
+    def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        assert patches is not None
+        found = torch.einsum("b...d,bnd->b...n", self.query(hidden), self.key(patches.features))
+        there = patches.there.view(len(found), *[1] * (found.ndim - 2), -1)
+        return (found / hidden.shape[-1] ** 0.5).masked_fill(~there, MASKED)
+
+    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        assert patches is not None
+        apart = (patches.features - targets.unsqueeze(1)).norm(dim=-1)  # [n, N]
+        return apart.masked_fill(~patches.there, torch.inf).argmin(dim=1)
+
+
 class Pause(Feedback):
     """A learnt vector, whatever the hidden state: pause tokens (arXiv 2310.02226), the baseline that thinks nothing."""
 
@@ -154,7 +204,7 @@ class Pause(Feedback):
         super().__init__(width, codes)
         self.vector = nn.Parameter(torch.zeros(width))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.vector.expand_as(hidden)
 
     def fit(self, targets: torch.Tensor) -> None:
@@ -170,6 +220,7 @@ FEEDBACKS: dict[str, type[Feedback]] = {
     "linear": Linear,
     "rescaled": Rescaled,
     "codebook": Codebook,
+    "pointer": Pointer,
     "pause": Pause,
 }
 

@@ -14,7 +14,7 @@ from mirage_vlm.modeling.config import LatentConfig
 from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
-from mirage_vlm.modeling.feedback import build_feedback
+from mirage_vlm.modeling.feedback import Patches, build_feedback
 from mirage_vlm.modeling.pooling import check_pooling, pool, region_averages
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LatentVLM(Pretrained):
 
     # -- what a latent span means ------------------------------------------------------------------------------
 
-    def recast(self, token_ids: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def recast(self, token_ids: torch.Tensor, previous: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         """The input embeddings of the next position: this is the whole of latent reasoning.
 
         Where the next token is `latent_pad`, the hidden state of the position before it (after the final norm,
@@ -64,12 +64,13 @@ class LatentVLM(Pretrained):
         Args:
             token_ids: [...] the next tokens.
             previous: [..., D] last hidden states of the positions before them.
+            patches: of the pictures of each row, for a feedback that reads them.
 
         Returns:
             [..., D] input embeddings.
         """
         latent = (token_ids == self.config.pad_id).unsqueeze(-1)
-        return torch.where(latent, self.feedback(previous), self.embed(token_ids))
+        return torch.where(latent, self.feedback(previous, patches), self.embed(token_ids))
 
     def targets(
         self,
@@ -152,6 +153,17 @@ class LatentVLM(Pretrained):
         """[B, T, D] embeddings with features [n_i, D], of all pictures in row order, where their tokens stand."""
         places = (input_ids == self.family.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
+
+    def patches_of(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> Patches | None:
+        """The patches in [B, T, D] embeddings with pictures in place; None where the feedback does not read them."""
+        if not self.feedback.reads_patches:
+            return None
+        places = input_ids == self.family.image_token_id
+        most = int(places.sum(dim=1).max())
+        first = (~places).int().argsort(dim=1, stable=True)[:, :most]  # pictures before everything else
+        there = places.gather(1, first)
+        features = embeds.gather(1, first.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
+        return Patches(features * there.unsqueeze(-1), there)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] last hidden states → [..., V] logits."""

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.feedback import Feedback
 
 if TYPE_CHECKING:
-    from mirage_vlm.modeling.feedback import Feedback
+    from mirage_vlm.modeling.feedback import Patches
 
 TEMPERATURE = 0.07  # of the contrastive loss
 SAME = 0.999  # targets of at least this cosine are one
@@ -33,16 +34,20 @@ class Alignment(nn.Module):
             MirageError: it cannot.
         """
 
-    def forward(self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[n, D] states, [n, D] targets → [n] losses in float32."""
+    def forward(
+        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+    ) -> torch.Tensor:
+        """[n, D] states, [n, D] targets, and for a feedback that reads them the patches of n rows → [n] in float32."""
         raise NotImplementedError
 
 
 class Cosine(Alignment):
     """1 − cosine between a target and what is fed back for it, as in Mirage (arXiv 2506.17218)."""
 
-    def forward(self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return 1 - F.cosine_similarity(feedback(predicting).float(), targets.float(), dim=-1)
+    def forward(
+        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+    ) -> torch.Tensor:
+        return 1 - F.cosine_similarity(feedback(predicting, patches).float(), targets.float(), dim=-1)
 
 
 class WhitenedError(Alignment):
@@ -68,10 +73,12 @@ class WhitenedError(Alignment):
         scale = torch.where(values > values.max() / 1000, values, torch.inf).rsqrt()
         self.mean, self.whiten = self.mean.float(), (axes * scale).float()  # [D, D]
 
-    def forward(self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+    ) -> torch.Tensor:
         if not len(self.mean):
             raise RuntimeError("fit it to targets first")
-        found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting), targets))
+        found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting, patches), targets))
         return (found - wanted).square().mean(dim=-1)
 
 
@@ -81,8 +88,10 @@ class Contrastive(Alignment):
     Targets that are the same as its own do not count as others.
     """
 
-    def forward(self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        found, wanted = (F.normalize(x.float(), dim=-1) for x in (feedback(predicting), targets))
+    def forward(
+        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+    ) -> torch.Tensor:
+        found, wanted = (F.normalize(x.float(), dim=-1) for x in (feedback(predicting, patches), targets))
         own = torch.eye(len(wanted), dtype=torch.bool, device=wanted.device)
         twins = (wanted @ wanted.T > SAME) & ~own
         logits = (found @ wanted.T / TEMPERATURE).masked_fill(twins, -torch.inf)
@@ -90,16 +99,17 @@ class Contrastive(Alignment):
 
 
 class Code(Alignment):
-    """Cross-entropy on the entry of the feedback's table that is nearest to the target."""
+    """Cross-entropy on that of a table's entries, or of the prompt's patches, which is nearest to the target."""
 
     def check(self, feedback: Feedback) -> None:
-        if not hasattr(feedback, "table"):
-            raise MirageError("loss.alignment: code needs a feedback with a table; set model.feedback to codebook")
+        if type(feedback).scores is Feedback.scores:
+            raise MirageError("loss.alignment: code needs a feedback that chooses, such as codebook or pointer")
 
-    def forward(self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        scores = feedback.scores(predicting)
-        assert scores is not None
-        return F.cross_entropy(scores.float(), feedback.labels(targets), reduction="none")
+    def forward(
+        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+    ) -> torch.Tensor:
+        scores = feedback.scores(predicting, patches).float()
+        return F.cross_entropy(scores, feedback.labels(targets, patches), reduction="none")
 
 
 ALIGNMENTS: dict[str, type[Alignment]] = {

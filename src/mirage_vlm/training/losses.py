@@ -96,8 +96,14 @@ def _align(
     vlm: LatentVLM, batch: Batch, hidden: torch.Tensor, targets: torch.Tensor, alignment: Alignment | None
 ) -> torch.Tensor:
     """Scalar, the alignment summed over the latents: the state at t − 1 predicts the latent at t."""
-    predicting = hidden[:, :-1][batch.input_ids[:, 1:] == vlm.config.pad_id]
-    return (Cosine() if alignment is None else alignment)(vlm.feedback, predicting, targets).sum()
+    latent = batch.input_ids[:, 1:] == vlm.config.pad_id
+    patches = None
+    if vlm.feedback.reads_patches:
+        embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
+        found = vlm.patches_of(batch.input_ids, embeds)
+        patches = None if found is None else found.pick(latent.nonzero()[:, 0])
+    chosen = Cosine() if alignment is None else alignment
+    return chosen(vlm.feedback, hidden[:, :-1][latent], targets, patches).sum()
 
 
 def stage2(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,9 @@ class _Roll:
         self.positions = positions.gather(2, at.expand(len(positions), -1, -1))  # [3, B, W]
         embeds = vlm.embed_prompt(ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
         self.texts = _take(embeds, at).split([stretch.width for stretch in cut], dim=1)  # [B, width, D] each
+        self.recast = vlm.recast
+        if (patches := vlm.patches_of(ids, embeds)) is not None:
+            self.recast = partial(vlm.recast, patches=patches)
         self.newest = embeds.new_zeros(len(embeds), embeds.shape[-1])  # [B, D]
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None
         if given is not None:  # [B, latent columns, D] and [B, latent columns]
@@ -166,12 +170,12 @@ class _Roll:
             return
         if latents := stretch.latents:
             ids = self.ids[:, offset : offset + latents]
-            first = self._taken(i, self.vlm.recast(ids[:, 0], self.newest).unsqueeze(1))
+            first = self._taken(i, self.recast(ids[:, 0], self.newest).unsqueeze(1))
             inputs = torch.cat([first, inputs[:, 1:]], dim=1)
             waiting = (ids[:, 1:] == self.vlm.config.pad_id).unsqueeze(-1)
             for _ in range(min(iterations, latents) - 1):
                 hidden = self._advance(offset, inputs[:, : latents - 1], keep=False)
-                own = self._taken(i, self.vlm.recast(ids[:, 1:], hidden), skip=1)
+                own = self._taken(i, self.recast(ids[:, 1:], hidden), skip=1)
                 better = torch.where(waiting, own, inputs[:, 1:latents])
                 inputs = torch.cat([inputs[:, :1], better, inputs[:, latents:]], dim=1)
             self.consumed.append(inputs[:, :latents])

@@ -138,6 +138,8 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
     """
     if recipe.needs_targets:
         alignment.check(vlm.feedback)
+        if vlm.feedback.reads_patches and vlm.config.target != "prompt":
+            raise MirageError("model.feedback: pointer points at the prompt's picture; set model.target to prompt too")
     parts = [
         part for part, wanted in ((vlm.feedback, vlm.feedback_is_new), (alignment, recipe.needs_targets)) if wanted
     ]
