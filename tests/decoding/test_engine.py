@@ -195,10 +195,34 @@ def test_the_compiled_step_decodes_the_same(tiny, prompts, alone):
     assert_same(tiny.generate(prompts, max_new_tokens=TOKENS, latent_size=4, engine=EngineConfig(compile=True)), alone)
 
 
+@pytest.mark.slow
+def test_a_compiled_step_is_its_own_models(tiny, fresh, prompts):
+    """Another model of the same shape, new weights in place, and another dtype: each decodes as it does uncompiled."""
+
+    def check(vlm: LatentVLM) -> list[Trajectory]:
+        options = {"max_new_tokens": TOKENS, "latent_size": 4}
+        plain = vlm.generate(prompts[:6], **options)
+        compiled = vlm.generate(prompts[:6], engine=EngineConfig(compile=True), **options)
+        if vlm.model.dtype == torch.float32:
+            assert_same(compiled, plain)
+        return compiled
+
+    first = check(tiny)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.mul_(1.05)
+    other = check(fresh)
+    assert [row.decoding.token_ids for row in first] != [row.decoding.token_ids for row in other]
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.mul_(0.9)
+    check(fresh)
+    check(fresh.to(torch.bfloat16))
+
+
 def test_compiling_without_a_compiler(tiny, monkeypatch):
     from mirage_vlm.decoding import engine
 
-    engine._compiled.cache_clear()
     monkeypatch.setattr(engine.shutil, "which", lambda _: None)
     with pytest.raises(MirageError, match=r"needs a C\+\+ compiler"):
         Engine(tiny, EngineConfig(compile=True))

@@ -1,13 +1,19 @@
 """Compression against sums written out patch by patch."""
 
+import copy
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from support import batch_of, dialogue, distance, span
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, pool, region_averages, span_length
+from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, place_code, pool, region_averages, span_length
+from mirage_vlm.training.losses import targets_of
+from mirage_vlm.trajectory import LatentSpan
 
 WIDTH = 5
 
@@ -144,3 +150,29 @@ def test_a_region_is_the_mean_of_the_patches_whose_centres_it_holds():
             held = [patches[int(row) * width + int(column)]]
         found = region_averages(patches, (height, width), torch.tensor([[left, top, right, bottom]]))
         torch.testing.assert_close(found, mean_of(held)[None])
+
+
+def test_a_place_code_tells_places_apart():
+    """Unit vectors whose angle grows with distance, written out for one box."""
+    cells = [(c / 6, r / 6, (c + 1) / 6, (r + 1) / 6) for r in range(6) for c in range(6)]
+    codes = place_code(torch.tensor(cells), 32)
+    torch.testing.assert_close(codes.norm(dim=1), torch.ones(36))
+    x, y, waves = 1.5 / 6, 2.5 / 6, [math.pi * 32 ** (i / 7) for i in range(8)]
+    raw = [f(v * w) for v in (x, y) for f in (math.sin, math.cos) for w in waves]
+    torch.testing.assert_close(codes[2 * 6 + 1], torch.tensor(raw) / sum(v * v for v in raw) ** 0.5)
+    alike = codes @ codes.T
+    assert (alike - 2 * torch.eye(36)).max() < 0.95, "no two cells are alike"
+    here = alike[14]
+    near, far = [here[i] for i in (13, 15, 8, 20)], [here[i] for i in (35, 30, 5)]
+    assert min(near) > max(far)
+    assert place_code(torch.tensor(cells[:1]), 7).shape == (1, 7)
+
+
+def test_targets_of_regions_can_say_their_places(tiny):
+    parts = copy.deepcopy(tiny)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, replace(tiny.config, places=True))
+    boxes = ((0.0, 0.0, 1 / 3, 0.5), (1 / 3, 0.5, 2 / 3, 1.0))
+    batch = batch_of(tiny, [dialogue(["Go"], [LatentSpan(span(1).helper, regions=boxes), "x"])])
+    plain, placed = targets_of(tiny, batch), targets_of(vlm, batch)
+    for target, other, code in zip(plain, placed, place_code(torch.tensor(boxes), tiny.width), strict=True):
+        torch.testing.assert_close(other, target + target.norm() * code)

@@ -8,9 +8,10 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -73,7 +74,7 @@ class Engine:
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
         self._native = config.native and native.usable(self.pool, vlm.model.dtype)
-        self._decode = _compiled(self.device.type) if config.compile else run_paged
+        self._decode = _compiled(vlm) if config.compile else run_paged
 
     # -- what users call ---------------------------------------------------------------------------------------
 
@@ -358,16 +359,31 @@ def can_compile(device: str) -> bool:
     return device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
-@cache
-def _compiled(device: str) -> Callable[..., torch.Tensor]:
-    """The decode step, compiled without a graph break; on CUDA it is replayed as a graph for each shape.
+_STEPS: WeakKeyDictionary[LatentVLM, dict[torch.dtype, Callable[..., torch.Tensor]]] = WeakKeyDictionary()
+
+
+def _compiled(vlm: LatentVLM) -> Callable[..., torch.Tensor]:
+    """A model's decode step, compiled without a graph break; on CUDA it is replayed as a graph for each shape.
+
+    On a CPU, torch would look before each step whether any module of the model has changed, which is a twentieth of a
+    step. It is told not to, and so each model and dtype has a step of its own; weights may change, what a module is
+    may not.
 
     Raises:
         MirageError: there is no C++ compiler, which torch needs for the CPU.
     """
+    device = vlm.device.type
     if not can_compile(device):
         raise MirageError("compiling for the CPU needs a C++ compiler (g++ or clang++); leave compile off without")
-    return torch.compile(run_paged, fullgraph=True, dynamic=True, mode=None if device == "cpu" else "reduce-overhead")
+    steps = _STEPS.setdefault(vlm, {})
+    if vlm.model.dtype not in steps:
+        # torch keeps what it has compiled by code object
+        step = FunctionType(run_paged.__code__.replace(), run_paged.__globals__, run_paged.__name__)
+        how: dict[str, Any] = {"mode": "reduce-overhead"}
+        if device == "cpu":
+            how = {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
+        steps[vlm.model.dtype] = torch.compile(step, fullgraph=True, dynamic=True, **how)
+    return steps[vlm.model.dtype]
 
 
 def _free_memory(device: torch.device) -> int:

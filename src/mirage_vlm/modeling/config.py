@@ -25,6 +25,7 @@ _KEYS = {
     "feedback": "latent_feedback",
     "stop_rule": "latent_stop_rule",
     "target": "latent_target",
+    "places": "latent_places",
     "codes": "latent_codes",
     "image_scale": "image_scale",
 }
@@ -42,6 +43,7 @@ class LatentConfig:
         stop_rule: `fixed` (a span has k latents) or `learned` (the model emits `latent_end`).
         target: whose features the targets are: the span's `helper` image, or the first picture of the `prompt`, as in
             "Latent Visual Reasoning" (arXiv 2509.24251), for spans with regions.
+        places: the targets of regions also say where these lie; see `place_code` in `mirage_vlm.modeling.pooling`.
         codes: entries of the table, for the feedback `codebook`.
         image_scale: factor by which pictures are resized before the image processor sees them.
     """
@@ -54,6 +56,7 @@ class LatentConfig:
     feedback: str = "identity"
     stop_rule: str = "fixed"
     target: str = "helper"
+    places: bool = False
     codes: int = 256
     image_scale: float = 1.0
 

@@ -15,7 +15,7 @@ from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Patches, build_feedback
-from mirage_vlm.modeling.pooling import check_pooling, pool, region_averages
+from mirage_vlm.modeling.pooling import check_pooling, place_code, pool, region_averages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,7 +104,11 @@ class LatentVLM(Pretrained):
                 if own is None or bool(own[0].isnan().any()):
                     pooled.append(pool(patches, shape, k, self.config.pooling))
                 else:
-                    pooled.append(region_averages(patches, shape, own))
+                    shown = region_averages(patches, shape, own)
+                    if self.config.places:
+                        code = place_code(own, self.width).to(shown)
+                        shown = shown + code * shown.detach().norm(dim=1, keepdim=True)
+                    pooled.append(shown)
             return torch.cat(pooled)
 
     # -- the pieces of a forward pass --------------------------------------------------------------------------

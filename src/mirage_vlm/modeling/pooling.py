@@ -68,6 +68,26 @@ def region_averages(features: torch.Tensor, grid: tuple[int, int], boxes: torch.
     return weights @ features / weights.sum(dim=1, keepdim=True)
 
 
+def place_code(boxes: torch.Tensor, width: int) -> torch.Tensor:
+    """Where regions lie, as vectors of length 1: sines and cosines of their centres, half of them for each direction.
+
+    A patch of the prompt has its place by its rotary position; a latent has the position of a token of text. What says
+    nothing of its place in itself (the ice of one cell is that of another) would stand for any.
+
+    Args:
+        boxes: [k, 4] as for `region_averages`.
+
+    Returns:
+        [k, width].
+    """
+    count = -(-width // 4)
+    waves = torch.pi * 32 ** (torch.arange(count, device=boxes.device) / max(1, count - 1))  # half a turn to 16 turns
+    centres = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], dim=1) / 2  # [k, 2]
+    angles = centres.unsqueeze(2) * waves  # [k, 2, count]
+    code = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
+    return F.normalize(code, dim=1)
+
+
 POOLINGS: dict[str, Pooling] = {
     "average": average,
     "grid": grid_average,

@@ -62,8 +62,8 @@ class ModelRecipe:
         path: a checkpoint folder or hub name; latent tokens are added where it has none.
         scratch: sizes of a small model to start from nothing, instead of `path`.
         tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
-        latent_size, pooling, feedback, codes, target, stop_rule, image_scale: as in `LatentConfig`; None keeps the
-            checkpoint's.
+        latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale: as in `LatentConfig`; None keeps
+            the checkpoint's.
         attn: attention implementation of transformers; None leaves it to transformers.
         dtype: `float32` or `bfloat16`, of the weights.
         freeze_vision: keep the vision tower as it is.
@@ -78,6 +78,7 @@ class ModelRecipe:
     feedback: str | None = None
     codes: int | None = None
     target: str | None = None
+    places: bool | None = None
     stop_rule: str | None = None
     image_scale: float | None = None
     attn: str | None = None

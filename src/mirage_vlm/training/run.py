@@ -106,7 +106,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     wanted: ModelRecipe = recipe.model
     latent = {
         name: value
-        for name in ("latent_size", "pooling", "feedback", "codes", "target", "stop_rule", "image_scale")
+        for name in ("latent_size", "pooling", "feedback", "codes", "target", "places", "stop_rule", "image_scale")
         if (value := getattr(wanted, name)) is not None
     }
     if wanted.scratch is not None:
@@ -140,6 +140,8 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
         alignment.check(vlm.feedback)
         if vlm.feedback.reads_patches and vlm.config.target != "prompt":
             raise MirageError("model.feedback: pointer points at the prompt's picture; set model.target to prompt too")
+        if vlm.feedback.reads_patches and vlm.config.places:
+            raise MirageError("model.places: a pointer's latents are patches as they are; they cannot say their places")
     parts = [
         part for part, wanted in ((vlm.feedback, vlm.feedback_is_new), (alignment, recipe.needs_targets)) if wanted
     ]
