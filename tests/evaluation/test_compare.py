@@ -87,18 +87,77 @@ def test_a_good_file_is_read(tmp_path):
     assert load_results(path)["model"] == "a"
 
 
-def test_the_command(tmp_path, capsys):
-    for name, outcomes in (("a", [False] * 8), ("b", [True] * 8)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(results(name, outcomes)))
+def write(folder, **evaluations):
+    for name, content in evaluations.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return [str(folder / f"{name}.json") for name in evaluations]
+
+
+def command(*arguments):
     with pytest.raises(SystemExit) as left:
-        run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(tmp_path / "out.json")])
-    assert left.value.code == 0
+        run(["compare", *arguments])
+    return left.value.code
+
+
+def test_the_command(tmp_path, capsys):
+    files = write(tmp_path, a=results("a", [False] * 8), b=results("b", [True] * 8))
+    assert command(*files, "--out", str(tmp_path / "out.json")) == 0
     assert "+100.0" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["all"]["difference"] == 1.0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["all"]["difference"] == 1.0 and found["replacement"] == "self"
+
+
+def test_several_are_compared_with_the_first(tmp_path, capsys):
+    outcomes = {"a": [True] * 4 + [False] * 4, "b": [True] * 8, "c": [False] * 8}
+    files = write(tmp_path, **{name: results(name, right) for name, right in outcomes.items()})
+    assert command(*files, "--out", str(tmp_path / "out.json")) == 0
+    shown = capsys.readouterr().out
+    assert "A a, B b" in shown and "A a, B c" in shown
+    found = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert [(one["models"], one["all"]["difference"]) for one in found] == [(["a", "b"], 0.5), (["a", "c"], -0.5)]
+
+
+def with_zero(model, own, zero):
+    return {**results(model, own), "replacements": {"self": {"correct": "?"}, "zero": {"correct": zero}}}
+
+
+def test_the_outcomes_of_a_replacement(tmp_path, capsys):
+    files = write(tmp_path, a=with_zero("m", [True] * 4, "0011"), b=with_zero("m", [True] * 4, "0111"))
+    assert [item["correct"] for item in load_results(files[0], "zero")["items"]] == [False, False, True, True]
+    assert all(item["correct"] for item in load_results(files[0], "self")["items"])
+    assert command(*files, "--replacement", "zero", "--out", str(tmp_path / "out.json")) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert "+25.0" in shown and "with zero for latents" in shown and "a.json" in shown and "b.json" in shown
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["all"]["accuracy"] == [0.5, 0.75] and found["replacement"] == "zero"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (results("m", [True] * 4), "replacements.zero: missing; it has none"),
+        ({**results("m", [True] * 4), "replacements": {"mean": {}}}, "replacements.zero: missing; it has mean"),
+        (with_zero("m", [True] * 4, "011"), "replacements.zero.correct: must be a string of 4 digits"),
+        (with_zero("m", [True] * 4, "0112"), "replacements.zero.correct: must be a string of 4 digits"),
+        (with_zero("m", [True] * 4, None), "replacements.zero.correct: must be a string of 4 digits"),
+    ],
+)
+def test_a_replacement_that_is_not_there(tmp_path, capsys, content, message):
+    files = write(tmp_path, a=with_zero("m", [True] * 4, "0011"), b=content)
+    assert command(*files, "--replacement", "zero", "--out", str(tmp_path / "out.json")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {files[1]}: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
-    assert left.value.code == 2
+    assert command(str(tmp_path / "a.json"), str(tmp_path / "b.json")) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.json'}: cannot be read")
+    (one,) = write(tmp_path, a=results("a", [True]))
+    assert command(one) == 2
+    assert "name at least one more" in capsys.readouterr().err
+    other = write(tmp_path, c={"model": "c", "items": [{"name": "other", "correct": True}]})[0]
+    assert command(one, other) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {one} and {other}: the two evaluations have no example in common"
+    )

@@ -1,9 +1,11 @@
-"""Intervals: Wilson's against its defining equation and published values, the bootstrap against theory."""
+"""Intervals: Wilson's against scipy, its equation and published values; the bootstrap against scipy and theory."""
 
 import math
 from statistics import NormalDist
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.intervals import paired_bootstrap, wilson
@@ -15,6 +17,15 @@ def test_at_both_ends_the_share_is_z_standard_errors_away(hits, n, level):
     z = NormalDist().inv_cdf((1 + level) / 2)
     for end in wilson(hits, n, level):
         assert abs(hits / n - end) == pytest.approx(z * math.sqrt(end * (1 - end) / n))
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+def test_wilson_is_scipys(level):
+    cases = [(k, n) for n in (1, 2, 3, 7, 20, 61) for k in range(n + 1)]
+    cases += [(k, n) for n in (400, 12345) for k in (0, 1, n // 3, n // 2, n - 1, n)]
+    for k, n in cases:
+        wanted = scipy.stats.binomtest(k, n).proportion_ci(confidence_level=level, method="wilson")
+        assert wilson(k, n, level) == pytest.approx((wanted.low, wanted.high), abs=1e-12), (k, n)
 
 
 def test_published_values():
@@ -37,6 +48,37 @@ def test_the_bootstrap_agrees_with_the_normal_interval():
     spread = math.sqrt((0.5 - 0.3**2) / 4000)
     assert difference == pytest.approx(0.3)
     assert (low, high) == pytest.approx((0.3 - 1.96 * spread, 0.3 + 1.96 * spread), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "shares", "level"), [(60, (0.3, 0.1), 0.95), (250, (0.02, 0.2), 0.9), (40, (0.0, 0.1), 0.95)]
+)
+def test_the_bootstrap_is_scipys(n, shares, level):
+    """Paired, percentile, as many rounds. An end is a quantile of rounds, which come in steps of 1 / n."""
+    better, worse = (round(n * share) for share in shares)
+    a = [True] * better + [False] * worse + [i % 3 == 0 for i in range(n - better - worse)]
+    b = [False] * better + [True] * worse + a[better + worse :]
+    rounds = 20_000
+    wanted = scipy.stats.bootstrap(
+        (np.array(a, float), np.array(b, float)),
+        lambda x, y, axis: x.mean(axis) - y.mean(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=rounds,
+        confidence_level=level,
+        rng=np.random.default_rng(1),
+    )
+    difference, low, high = paired_bootstrap(a, b, rounds=rounds, level=level)
+    assert difference == pytest.approx((better - worse) / n)
+    spread, tail = np.std(wanted.bootstrap_distribution), (1 - level) / 2
+    density = NormalDist().pdf(NormalDist().inv_cdf(tail)) / spread  # of the rounds, at the quantile
+    error = math.sqrt(2 * tail * (1 - tail) / rounds) / density  # standard error of the difference of two quantiles
+    interval = wanted.confidence_interval
+    assert (low, high) == pytest.approx((interval.low, interval.high), abs=4 * error + 1 / n)
+    assert np.std(wanted.bootstrap_distribution) == pytest.approx(
+        (high - low) / 2 / NormalDist().inv_cdf(1 - tail), rel=0.2
+    )
 
 
 def test_pairs_that_always_agree_differ_by_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from mirage_vlm.cli.main import app
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.evaluate import Scored, evaluate
+from mirage_vlm.evaluation.evaluate import Scored, evaluate, measures
 from mirage_vlm.evaluation.replace import (
     REPLACEMENTS,
     Material,
@@ -30,7 +31,7 @@ from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import BUNDLED, resolve
 from mirage_vlm.tasks.base import Score
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.trajectory import LatentSpan, Trajectory, assistant_turn, user_turn
+from mirage_vlm.trajectory import Decoding, LatentSpan, Trajectory, assistant_turn, user_turn
 
 GENERATION = GenerationConfig(max_new_tokens=40)
 K = 3  # of the tiny model
@@ -152,6 +153,74 @@ def test_oracle_at_another_k(tiny, examples):
         assert all(torch.equal(vector, spans[span % 2][step]) for span, step, vector in each)
 
 
+def pooled(tiny, helper, k):
+    """[k, D] the slow way: the vision tower's features [n, D] of one picture, cut into k runs of n // k, averaged."""
+    found = tiny.encoder.pictures([helper])
+    with torch.no_grad():
+        (features,) = tiny.image_features(found.pixel_values, found.grid_thw)
+    size = len(features) // k
+    return torch.stack([sum(features[j * size + i] for i in range(size)) / size for j in range(k)])
+
+
+@pytest.mark.parametrize("rule", ["fixed", "learned"])
+def test_count_matched(tiny, examples, rule):
+    """Spans of 2 and 4 latents in the reference, of 3 (1 where cut) or of 1 and 2 in the model's decoding."""
+    stated = [
+        replace(
+            example,
+            messages=(
+                *example.prompt,
+                assistant_turn(*(replace(span, k=k) for span, k in zip(example.spans, (2, 4), strict=True))),
+            ),
+        )
+        for example in examples
+    ]
+    generation = GENERATION if rule == "fixed" else replace(GENERATION, stop_rule=rule, temperature=1.0, seed=4)
+    found = replacement_test(tiny, stated, ["oracle", "count-matched"], generation)
+    own = spans_of(found["self"])
+    sizes = {len(span) for spans in own for span in spans}  # the last span of a response may be cut short
+    assert K in sizes if rule == "fixed" else sizes == {1, 2}
+    reused = whole = 0
+    for example, mine, matched, oracle in zip(
+        stated, own, consumed(found["count-matched"]), consumed(found["oracle"]), strict=True
+    ):
+        helpers = [span.helper for span in example.spans]
+        by_count = [pooled(tiny, helpers[i % 2], len(span)) for i, span in enumerate(mine)]
+        assert bool(mine) == bool(matched)
+        for i, step, vector in matched:
+            wanted = by_count[i % len(by_count)]
+            assert distance(vector, wanted[step % len(wanted)]) < 1e-4
+            reused += i > 1
+            whole += i < len(mine) and step == len(mine[i]) - 1
+        by_reference = [pooled(tiny, helper, k) for helper, k in zip(helpers, (2, 4), strict=True)]
+        for i, step, vector in oracle:
+            assert distance(vector, by_reference[i % 2][step % (2, 4)[i % 2]]) < 1e-4
+    assert reused or rule == "learned", "some response opens more spans than the reference has"
+    assert whole, "some span was put in place to its last latent"
+
+
+def test_count_matched_where_nothing_is_pooled_or_too_much(tiny, fresh, examples):
+    """`full` does not compress, so the picture is averaged; more latents than patches cannot be made."""
+    fresh.config = replace(fresh.config, pooling="full")
+    lengths = [[2, 1, 3], []]
+    found = oracle_targets(fresh, examples[:2], lengths=lengths)
+    assert [[len(t) for t in targets] for targets in found] == lengths
+    helpers = [span.helper for span in examples[0].spans]
+    for i, targets in enumerate(found[0]):
+        assert distance(targets, pooled(tiny, helpers[i % 2], lengths[0][i])) < 1e-4
+    for vlm in (tiny, fresh):
+        with pytest.raises(MirageError, match="k = 7 latents cannot be pooled from the 6 patches"):
+            oracle_targets(vlm, examples[:1], lengths=[[7]])
+
+
+def test_random_pooling_is_drawn_the_same_each_time(fresh, examples):
+    fresh.config = replace(fresh.config, pooling="random")
+    state = torch.get_rng_state()
+    one, other = (oracle_targets(fresh, examples[:3]) for _ in range(2))
+    assert all(a.equal(b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    assert torch.get_rng_state().equal(state)
+
+
 @pytest.mark.parametrize("rule", ["fixed", "learned"])
 def test_markers_and_remove(tiny, examples, results, rule):
     found = results
@@ -232,7 +301,7 @@ def test_what_cannot_be_asked(tiny, examples, names, changes, message):
 
 def test_examples_that_cannot_be_tested(tiny, examples):
     bare = Trajectory((user_turn("Go"), assistant_turn("D")), answer="D", meta={"id": "map-7"})
-    for name in ("oracle", "random-matched"):
+    for name in ("oracle", "count-matched", "random-matched"):
         with pytest.raises(MirageError, match=r"example 2 of 2 \(map-7\) has no helper image"):
             replacement_test(tiny, [examples[0], bare], [name], GENERATION)
     with pytest.raises(MirageError, match="shuffle needs at least two examples"):
@@ -253,7 +322,8 @@ def test_chosen_names():
 
 
 def outcomes(hits, n=100, k=4):
-    response = Trajectory((user_turn("Go"), assistant_turn(*([LatentSpan(k=k)] if k else []))))
+    turns = (user_turn("Go"), assistant_turn(*([LatentSpan(k=k)] if k else [])))
+    response = Trajectory(turns, decoding=Decoding((7,) * (k + 5), "stop"))
     return [Scored(response, Score(i < hits, True, None, "")) for i in range(n)]
 
 
@@ -265,7 +335,9 @@ def test_summary():
     assert zero["difference"] == pytest.approx(-0.3)
     assert zero["difference_ci95"] == pytest.approx([-0.39, -0.21], abs=0.011)
     assert zero["ci95"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
-    assert summary["remove"]["latent_rate"] == 0
+    assert summary["remove"]["latent_rate"] == 0 and zero["tokens_per_response"] == 5
+    assert zero["correct"] == "1" * 50 + "0" * 50
+    assert all(measures(outcomes(50))[key] == zero[key] for key in measures(outcomes(50)))
     json.dumps(summary)
 
 
@@ -295,9 +367,39 @@ def test_the_bundled_model_does_worse_without_its_latents():
 def test_the_command(tmp_path):
     out = tmp_path / "results.json"
     arguments = ["eval", "--task", "vsp-planning", "--levels", "3", "--n", "6", "--replace", "zero, remove"]
-    shown = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    figure = tmp_path / "figure.png"
+    shown = CliRunner().invoke(app, [*arguments, "--out", str(out), "--figure", str(figure)])
     assert shown.exit_code == 0, shown.output
     results = json.loads(out.read_text())
     assert list(results["replacements"]) == ["self", "zero", "remove"]
     assert results["replacements"]["self"]["accuracy"] == results["accuracy"]
     assert results["verdict"].split(":")[0] in shown.output and "█" in shown.output
+    assert figure.read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*.partial"))
+
+
+BOXES = ((0.0, 0.0, 1 / 3, 0.5), (1 / 3, 0.5, 2 / 3, 1.0), (2 / 3, 0.0, 1.0, 0.5))
+
+
+def test_the_oracle_of_regions_is_what_they_show(tiny):
+    example = dialogue([picture(2, 2, 1), "Which way?"], [LatentSpan(picture(3, 2, 7), regions=BOXES), "right."])
+    helper = tiny.encoder.pictures([example.spans[0].helper])
+    patches = tiny.image_features(helper.pixel_values, helper.grid_thw)[0]
+    ((found,),) = oracle_targets(tiny, [example])
+    assert torch.equal(found, patches[[0, 4, 2]])
+    ((two,),) = oracle_targets(tiny, [example], lengths=[[2]])
+    assert torch.equal(two, patches[[0, 2]]), "the first and the last"
+    ((five,),) = oracle_targets(tiny, [example], lengths=[[5]])
+    assert torch.equal(five, patches[[0, 0, 4, 2, 2]])
+
+
+def test_the_oracle_of_a_table_is_its_nearest_entry(tiny):
+    parts = copy.deepcopy(tiny)
+    vlm = LatentVLM(
+        parts.model, parts.tokenizer, parts.image_processor, replace(tiny.config, feedback="codebook", codes=6)
+    )
+    vlm.feedback.table.normal_()
+    example = dialogue(["Which way?"], [LatentSpan(picture(3, 2, 7), regions=BOXES), "right."])
+    ((plain,),), ((coded,),) = oracle_targets(tiny, [example]), oracle_targets(vlm, [example])
+    for target, code in zip(plain, coded, strict=True):
+        near = min(range(6), key=lambda c: float((vlm.feedback.table[c] - target).norm()))
+        assert torch.equal(code, vlm.feedback.table[near])

@@ -131,7 +131,8 @@ def test_the_command(folder, done, capsys):
     report, figure = folder / "page.md", folder / "figure.png"
     with pytest.raises(SystemExit) as end:
         command(["study", str(folder / "study.yaml"), "--report", str(report), "--figure", str(figure)])
-    assert not end.value.code and figure.read_bytes().startswith(b"\x89PNG") and "| paper |" in report.read_text()
+    assert not end.value.code and figure.read_bytes().startswith(b"\x89PNG")
+    assert "| paper |" in report.read_text() and "](figure.png)" in report.read_text()
     with pytest.raises(SystemExit) as end:
         command(["study", str(folder / "study.yaml"), "--seeds", "9"])
     assert end.value.code == 2 and "the study has no 9" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`mirage compare`: two results of `mirage eval` on the same examples."""
+"""`mirage compare`: results of `mirage eval` on the same examples."""
 
 from __future__ import annotations
 
@@ -7,33 +7,53 @@ from typing import Annotated, Any
 
 import typer
 
+from mirage_vlm.errors import MirageError
+
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="results.json of an evaluation.")],
-    second: Annotated[Path, typer.Argument(help="The same of another checkpoint.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="BASELINE OTHER...", help="results.json of two evaluations or more.")
+    ],
+    replacement: Annotated[
+        str | None, typer.Option(help="Compare the outcomes with this in the place of the latents, such as zero.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the comparison here as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Compare two checkpoints example by example: the difference in accuracy with its 95 % interval."""
+    """Compare evaluations with the first, example by example: differences in accuracy with 95 % intervals."""
     from mirage_vlm.evaluation.compare import compare as run
     from mirage_vlm.evaluation.compare import load_results
     from mirage_vlm.evaluation.evaluate import write_json
 
-    found = run(load_results(first), load_results(second), seed=seed)
+    if len(files) < 2:
+        raise MirageError(f"{files[0]}: name at least one more results.json to compare it with")
+    loaded = [load_results(path, replacement) for path in files]
+    found = []
+    for path, other in zip(files[1:], loaded[1:], strict=True):
+        try:
+            found.append(run(loaded[0], other, seed=seed))
+        except MirageError as fault:
+            raise MirageError(f"{files[0]} and {path}: {fault}") from fault
+    for one in found:
+        one["replacement"] = replacement or "self"
     if out is not None:
-        write_json(out, found)
-    _print(found)
+        write_json(out, found[0] if len(found) == 1 else {"comparisons": found})
+    for path, one in zip(files[1:], found, strict=True):
+        _print(one, files[0], path)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any], first: Path, second: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from mirage_vlm.evaluation.intervals import in_points
 
-    one, other = found["models"]
-    table = Table(title=f"A {one}, B {other}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    a, b = found["models"]
+    if a == b:  # the same checkpoint with other settings
+        a, b = f"{a} ({first})", f"{b} ({second})"
+    title = f"A {a}, B {b}" + ("" if found["replacement"] == "self" else f", with {found['replacement']} for latents")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval"):
         table.add_column(heading, justify="right")
     for name, row in [*found["by_level"].items(), ("all", found["all"])]:
@@ -42,6 +62,7 @@ def _print(found: dict[str, Any]) -> None:
         accuracies = (f"{100 * value:.1f}" for value in row["accuracy"])
         table.add_row(name, str(row["n"]), *accuracies, f"{100 * row['difference']:+.1f}", in_points(row["ci95"]))
     console = Console()
+    console.print(title, highlight=False, markup=False, soft_wrap=True)  # a table folds its title to its own width
     console.print(table)
     for label, apart in zip("AB", found["apart"], strict=True):
         if apart:

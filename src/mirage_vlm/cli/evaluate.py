@@ -1,8 +1,8 @@
-"""`mirage eval`: accuracy of a checkpoint on a data file or on freshly made test maps."""
+"""`mirage eval`: accuracy of checkpoints on data files or on freshly made test maps."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,22 +13,28 @@ from mirage_vlm.cli.options import load_model, parse_levels
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from rich.table import Table
 
-    from mirage_vlm.trajectory import Trajectory
+    from mirage_vlm.evaluation.run import Source
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A checkpoint folder or hub name, or `bundled`.")] = "bundled",
-    data: Annotated[
-        Path | None, typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset.")
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A checkpoint folder or hub name, or `bundled` (the default); repeat it for several."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Make held-out examples of this task instead.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset; repeat it for several."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Make held-out examples of this task; repeat it for several.")
+    ] = None,
     levels: Annotated[str, typer.Option(help="Side lengths of the maps made with --task.")] = "3,4,5,6",
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,
     style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
-    seed: Annotated[int, typer.Option(help="Seed of made examples and of sampling.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Take only the first examples.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of made examples, of sampling, of noise and of intervals.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first examples.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most positions of a response, latents included.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
@@ -39,133 +45,178 @@ def evaluate(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the decode step; pays in long runs.")] = False,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write results.json here.")] = None,
-    trajectories: Annotated[Path | None, typer.Option(help="Write every decoded trajectory to this JSONL.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write results.json here; with several models or data, a folder for them.")
+    ] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(help="Write every decoded trajectory to this JSONL; with several, a folder.")
+    ] = None,
     replace: Annotated[
         str | None,
         typer.Option(
             help="Test whether latents are used: decode with these in their place, as zero,shuffle, or `all`."
         ),
     ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the replacement test to this .png or .svg; with several, a folder.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over instead of going on where an evaluation was killed.")
+    ] = False,
 ) -> None:
-    """Decode, score and count: accuracy by level, optimal plans, latent spans, invalid answers."""
+    """Decode, score and count: accuracy by level, optimal plans, latent spans, invalid answers.
+
+    With --out an evaluation that is killed goes on where it was when the command is repeated.
+    """
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
-    from mirage_vlm.evaluation.evaluate import evaluate as run
-    from mirage_vlm.evaluation.evaluate import report, write_json
-    from mirage_vlm.evaluation.replace import chosen, replacement_test, summarise_replacements, verdict
-    from mirage_vlm.formats import write_jsonl
+    from mirage_vlm.evaluation.replace import chosen
+    from mirage_vlm.evaluation.run import Settings, plan, run_all
 
-    names = [] if replace is None else chosen([name.strip() for name in replace.split(",")])
-    examples = _examples(data, task, parse_levels(levels), n, style, seed)[:limit]
-    vlm = load_model(model, device)
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        return_latents=trajectories is not None,
+    names = () if replace is None else chosen([name.strip() for name in replace.split(",")])
+    if figure is not None and not names:
+        raise MirageError("--figure draws the replacement test: add --replace, such as --replace all")
+    settings = Settings(
+        GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled),
+        names,
+        seed,
     )
-    engine = EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled)
-    started = time.perf_counter()
+    sources = _sources(data or [], task or [], parse_levels(levels), n, style, seed, limit)
+    runs = plan(model or ["bundled"], sources, out, trajectories, figure)
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        work = bar.add_task("decoding", total=len(examples) * max(1, len(names)))
-
-        def progress(done: int) -> None:
-            bar.update(work, advance=done)
-
-        if names:
-            replaced = replacement_test(vlm, examples, names, generation, engine, progress, seed)
-            scored = replaced["self"]
-        else:
-            replaced, scored = {}, run(vlm, examples, generation, engine, progress)
-    origin = {"path": str(data)} if data else {"task": task, "levels": parse_levels(levels), "n": n, "seed": seed}
-    results = report(scored, model=model, data={**origin, "style": style.value}, generation=generation, started=started)
-    if replaced:
-        results["replacements"] = summarise_replacements(replaced, seed)
-        results["verdict"] = verdict(results["replacements"])
-    if trajectories is not None:
-        write_jsonl(trajectories, [s.trajectory for s in scored])
-    if out is not None:
-        write_json(out, results)
-    _print(results)
-    if replaced:
-        _print_replacements(results)
+        total = sum(len(run.source.examples) for run in runs) * max(1, len(names))
+        work = bar.add_task("decoding", total=total)
+        found = list(
+            run_all(
+                runs,
+                settings,
+                lambda name: load_model(name, device),
+                restart=restart,
+                progress=lambda done: bar.update(work, advance=done),
+                tell=lambda line: console.print(line, highlight=False, markup=False),
+            )
+        )
+    shown = Console()
+    for run, results in zip(runs, found, strict=True):
+        shown.print(_measures(results, "" if len(runs) == 1 else f" on {run.source.label}"))
+        if "replacements" in results:
+            shown.print(_replacements(results))
+            shown.print(results["verdict"], highlight=False)
+    if len(runs) > 1:
+        shown.print(_summary(found, [run.source.label for run in runs]))
 
 
-def _examples(
-    data: Path | None, task: str | None, levels: tuple[int, ...], n: int, style: Style, seed: int
-) -> Sequence[Trajectory]:
+def _sources(
+    data: Sequence[Path],
+    tasks: Sequence[str],
+    levels: tuple[int, ...],
+    n: int,
+    style: Style,
+    seed: int,
+    limit: int | None,
+) -> list[Source]:
+    from mirage_vlm.evaluation.run import Source
     from mirage_vlm.formats import read_data
     from mirage_vlm.tasks import from_record
     from mirage_vlm.tasks.make import GeneratedDataset
 
-    if (data is None) == (task is None):
-        raise MirageError("say what to evaluate on: give one of --data and --task")
-    if data is not None:
-        plain_style = "direct" if style is Style.DIRECT else "cot"
-        return read_data(data, plain=lambda record: from_record(record, style=plain_style))
-    assert task is not None
-    made = GeneratedDataset(task, levels, n, seed, style.value, "test")
-    return [made[i] for i in range(len(made))]
+    if not data and not tasks:
+        raise MirageError("say what to evaluate on: give --data or --task")
+    plain_style = "direct" if style is Style.DIRECT else "cot"
+    common = {"style": style.value, "limit": limit}
+    sources = []
+    for path in data:
+        examples = read_data(path, plain=lambda record: from_record(record, style=plain_style))
+        sources.append(Source({"path": str(path), **common}, examples[:limit]))
+    for task in tasks:
+        made = GeneratedDataset(task, levels, n, seed, style.value, "test")
+        origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
+        sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
+    return sources
 
 
-def _print(results: dict[str, Any]) -> None:
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return "–".join(map(_percent, ends))
+
+
+def _table(title: str) -> Table:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
-    title = f"{results['model']}: {results['n']} examples in {results['seconds']:.1f} s"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+def _measures(results: dict[str, Any], where: str) -> Table:
+    table = _table(f"{results['model']}{where}: {results['n']} examples in {results['seconds']:.1f} s")
     for heading in ("level", "n", "right %", "95 %", "optimal %", "latent %", "invalid %", "latents", "tokens"):
         table.add_column(heading, justify="right", no_wrap=heading == "95 %")
-    for name, row in [*results["by_level"].items(), ("all", results)]:
-        if name == "all":
-            table.add_section()
-        table.add_row(
-            name,
-            str(row["n"]),
-            percent(row["accuracy"]),
-            "–".join(map(percent, row["ci95"])),
-            percent(row["optimal_rate"]),
-            percent(row["latent_rate"]),
-            percent(row["invalid_rate"]),
-            f"{row['latents_per_response']:.1f}",
-            f"{row['tokens_per_response']:.1f}",
-        )
-    Console().print(table)
+    groups = [results["by_level"], results.get("by_task", {}), {"all": results}]
+    for rows in filter(None, groups):
+        for name, row in rows.items():
+            table.add_row(
+                name,
+                str(row["n"]),
+                _percent(row["accuracy"]),
+                _interval(row["ci95"]),
+                _percent(row["optimal_rate"]),
+                _percent(row["latent_rate"]),
+                _percent(row["invalid_rate"]),
+                f"{row['latents_per_response']:.1f}",
+                f"{row['tokens_per_response']:.1f}",
+            )
+        table.add_section()
+    return table
 
 
-def _print_replacements(results: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+def _replacements(results: dict[str, Any]) -> Table:
     from mirage_vlm.evaluation.intervals import in_points
 
-    table = Table(title="with something else for latents", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _table("with something else for latents")
     for heading in ("latents", "%", "", "95 %", "− self", "95 % of that"):
         table.add_column(heading, justify="left" if heading in ("latents", "") else "right", no_wrap=True)
     for name, row in results["replacements"].items():
         table.add_row(
             name,
-            f"{100 * row['accuracy']:.1f}",
+            _percent(row["accuracy"]),
             _bar(row["accuracy"]),
-            "–".join(f"{100 * end:.1f}" for end in row["ci95"]),
+            _interval(row["ci95"]),
             "" if name == "self" else f"{100 * row['difference']:+.1f}",
             "" if name == "self" else in_points(row["difference_ci95"]),
         )
-    console = Console()
-    console.print(table)
-    console.print(results["verdict"], highlight=False)
+    return table
+
+
+def _summary(found: Sequence[dict[str, Any]], data: Sequence[str]) -> Table:
+    table = _table("all evaluations")
+    for heading in ("model", "data", "n", "right %", "95 %", "latent %", "invalid %", "seconds"):
+        table.add_column(
+            heading, justify="left" if heading in ("model", "data") else "right", no_wrap=heading == "95 %"
+        )
+    if tested := any("verdict" in results for results in found):
+        table.add_column("latents")
+    for results, label in zip(found, data, strict=True):
+        used = results.get("verdict", "").startswith("the latents are used")
+        table.add_row(
+            results["model"],
+            label,
+            str(results["n"]),
+            _percent(results["accuracy"]),
+            _interval(results["ci95"]),
+            _percent(results["latent_rate"]),
+            _percent(results["invalid_rate"]),
+            f"{results['seconds']:.1f}",
+            *(["used" if used else "not shown to be used"] if tested else []),
+        )
+    return table
 
 
 def _bar(share: float, width: int = 12) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import bench, compare, data, evaluate, solve, train
+from mirage_vlm.cli import analyse, bench, compare, data, evaluate, solve, study, train
 from mirage_vlm.errors import MirageError
 
 app = typer.Typer(
@@ -26,8 +26,10 @@ app.command()(solve.demo)
 app.command()(solve.solve)
 app.command("eval")(evaluate.evaluate)
 app.command()(compare.compare)
+app.command()(analyse.analyse)
 app.command()(train.train)
 app.command()(bench.bench)
+app.command()(study.study)
 app.add_typer(data.app)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
 
 
-def parse_levels(text: str) -> tuple[int, ...]:
+def parse_levels(text: str, option: str = "--levels") -> tuple[int, ...]:
     """`3,4,5` → (3, 4, 5).
 
     Raises:
@@ -19,7 +19,7 @@ def parse_levels(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as fault:
-        raise MirageError(f"--levels must be whole numbers with commas, such as 3,4,5,6; got {text!r}") from fault
+        raise MirageError(f"{option} must be whole numbers with commas, such as 3,4,5,6; got {text!r}") from fault
 
 
 def load_model(name: str, device: str | None = None) -> LatentVLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -34,7 +35,8 @@ def study(
             raise MirageError(f"{found.output}: nothing of the study is done yet")
         if report is not None:
             with atomic_writer(report) as out:
-                out.write(page(found, shlex.join(["mirage", *sys.argv[1:]])).encode())
+                picture = None if figure is None else os.path.relpath(figure, report.parent)
+                out.write(page(found, shlex.join(["mirage", *sys.argv[1:]]), picture).encode())
         if figure is not None:
             draw(found, figure)
         return

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
     """What `results.json` keeps of each example: its name, its level where it has one, and how it came out.
 
-    The name is made of the question and what is known of it, not of the style of its prompt, so that the same map
-    has the same name in evaluations of a direct and of a step-by-step model. Repeated examples are numbered.
+    Repeated examples are numbered.
     """
     seen: Counter[str] = Counter()
     found = []
     for each in scored:
-        name = _name(each.trajectory)
+        name = name_of(each.trajectory)
         seen[name] += 1
         item = {"name": f"{name}-{seen[name]}", "correct": each.score.correct, "valid": each.score.valid}
         if "level" in each.trajectory.meta:
@@ -35,7 +34,11 @@ def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
     return found
 
 
-def _name(trajectory: Trajectory) -> str:
+def name_of(trajectory: Trajectory) -> str:
+    """A name made of the question and what is known of it, not of the style of its prompt.
+
+    So the same map has the same name in evaluations of a direct and of a step-by-step model.
+    """
     meta = {key: value for key, value in trajectory.meta.items() if key != "style"}
     known: dict[str, Any] = {"task": trajectory.task, "answer": trajectory.answer, "meta": meta}
     if not meta:
@@ -43,11 +46,15 @@ def _name(trajectory: Trajectory) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_results(path: str | Path) -> dict[str, Any]:
+def load_results(path: str | Path, replacement: str | None = None) -> dict[str, Any]:
     """A `results.json` of `mirage eval`.
 
+    Args:
+        replacement: take the outcomes with this replacement instead of the model's own latents.
+
     Raises:
-        MirageError: it cannot be read, or holds no items; the message names the file and the field.
+        MirageError: it cannot be read, or holds no items, or not that replacement; the message names the file and the
+            field.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -62,7 +69,23 @@ def load_results(path: str | Path) -> dict[str, Any]:
             raise MirageError(f"{path}: items[{i}].name: must be a string")
         if not isinstance(item.get("correct"), bool):
             raise MirageError(f"{path}: items[{i}].correct: must be true or false")
+    if replacement not in (None, "self"):
+        right = _outcomes(found, str(replacement), str(path))
+        found["items"] = [{**item, "correct": digit == "1"} for item, digit in zip(found["items"], right, strict=True)]
     return found
+
+
+def _outcomes(results: Mapping[str, Any], replacement: str, path: str) -> str:
+    """A 1 or 0 for each item."""
+    there = results.get("replacements")
+    if not isinstance(there, dict) or replacement not in there:
+        names = ", ".join(there) if isinstance(there, dict) else "none"
+        raise MirageError(f"{path}: replacements.{replacement}: missing; it has {names} (see `mirage eval --replace`)")
+    right = there[replacement].get("correct") if isinstance(there[replacement], dict) else None
+    n = len(results["items"])
+    if not isinstance(right, str) or len(right) != n or set(right) - set("01"):
+        raise MirageError(f"{path}: replacements.{replacement}.correct: must be a string of {n} digits 0 or 1")
+    return right
 
 
 def compare(

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from mirage_vlm import __version__
-from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
+from mirage_vlm.decoding import Engine, EngineConfig, Finished, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.compare import items
 from mirage_vlm.evaluation.intervals import wilson
+from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.base import Score, boxed
-from mirage_vlm.trajectory import Trajectory
+from mirage_vlm.trajectory import Decoding, Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -44,8 +40,13 @@ class Scored:
     @property
     def tokens(self) -> int:
         """Text tokens of the response, the marks of spans included."""
+        return len(self.decoding.token_ids) - self.latents
+
+    @property
+    def decoding(self) -> Decoding:
+        """What the decoder says of the response."""
         assert self.trajectory.decoding is not None
-        return len(self.trajectory.decoding.token_ids) - self.latents
+        return self.trajectory.decoding
 
 
 def evaluate(
@@ -54,19 +55,79 @@ def evaluate(
     generation: GenerationConfig,
     engine: EngineConfig | None = None,
     progress: Callable[[int], None] | None = None,
+    kept: Kept | None = None,
+    name: str = "self",
 ) -> list[Scored]:
     """Decode every example and score it.
 
     Args:
-        progress: called with the number of examples that were just finished.
+        progress: called with the number of examples that were just finished, or found finished in `kept`.
+        kept: responses that are there already, which are not decoded again; new ones are put there as they finish.
+        name: of these responses among those of `kept`.
 
     Raises:
-        MirageError: there are no examples, or one cannot be decoded or scored.
+        MirageError: there are no examples, one cannot be decoded or scored, or several responses to each are wanted
+            with `kept`.
     """
     if not examples:
         raise MirageError("there is nothing to evaluate")
-    decoded = generate(vlm, examples, generation, engine, progress)
+    if kept is None:
+        decoded = generate(vlm, examples, generation, engine, progress)
+    else:
+        _decode_missing(vlm, examples, generation, engine, progress, kept, name)
+        decoded = [kept.response(name, i, example) for i, example in enumerate(examples)]
     return [Scored(trajectory, score(trajectory)) for trajectory in decoded]
+
+
+def _decode_missing(
+    vlm: LatentVLM,
+    examples: Sequence[Trajectory],
+    generation: GenerationConfig,
+    engine: EngineConfig | None,
+    progress: Callable[[int], None] | None,
+    kept: Kept,
+    name: str,
+) -> None:
+    """Decode what `kept` lacks, as `generate` would decode it in a call with all examples."""
+    if generation.n != 1:
+        raise MirageError(f"only one response to each example can be kept, not n = {generation.n}")
+    seeds = (
+        generation.seeds if generation.seeds is not None else range(generation.seed, generation.seed + len(examples))
+    )
+    if len(seeds) != len(examples):
+        raise MirageError(f"got {len(seeds)} seeds for {len(examples)} responses")
+    missing = [i for i in range(len(examples)) if (name, i) not in kept]
+    if progress is not None and len(missing) < len(examples):
+        progress(len(examples) - len(missing))
+    if not missing:
+        return
+    hook = generation.latent_hook
+
+    def numbered(latents: torch.Tensor, responses: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+        """The caller's hook, with the examples' numbers for those of the engine's responses."""
+        assert hook is not None
+        return hook(latents, [missing[response] for response in responses], steps)
+
+    generation = replace(generation, latent_hook=None if hook is None else numbered)
+    was_training = vlm.training
+    running = Engine(vlm, engine)
+    requests: dict[int, int] = {}  # request → example
+    before = time.perf_counter()
+    try:
+        while len(requests) < len(missing) or running.busy:
+            while len(requests) < len(missing) and len(running.queue) < running.config.max_rows:
+                i = missing[len(requests)]
+                requests[running.submit(examples[i], replace(generation, seeds=[seeds[i]]), quiet=True)] = i
+            finished = [event for event in running.step() if isinstance(event, Finished)]
+            if finished:
+                now = time.perf_counter()
+                for event in finished:
+                    kept.add(name, requests[event.request], event.trajectory, (now - before) / len(finished))
+                before = now
+                if progress is not None:
+                    progress(len(finished))
+    finally:
+        vlm.train(was_training)
 
 
 def score(trajectory: Trajectory) -> Score:
@@ -86,64 +147,57 @@ def score(trajectory: Trajectory) -> Score:
 
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:
-    """The measures of a set of scored examples, and the same for each level (`meta["level"]`)."""
-    levels = sorted({s.trajectory.meta["level"] for s in scored if "level" in s.trajectory.meta})
-    by_level = {
-        str(level): _measures([s for s in scored if s.trajectory.meta.get("level") == level]) for level in levels
-    }
-    return {**_measures(scored), "by_level": by_level}
+    """The measures of a set of scored examples, and the same for each level (`meta["level"]`) and each task.
+
+    Returns:
+        What `measures` gives, `by_level` and, where there is more than one task, `by_task`.
+    """
+    found = {**measures(scored), "by_level": _by_level(scored)}
+    tasks = sorted({s.trajectory.task or "none" for s in scored})
+    if len(tasks) > 1:
+        parts = {task: [s for s in scored if (s.trajectory.task or "none") == task] for task in tasks}
+        found["by_task"] = {task: {**measures(part), "by_level": _by_level(part)} for task, part in parts.items()}
+    return found
 
 
-def _measures(scored: Sequence[Scored]) -> dict[str, Any]:
-    n = len(scored)
-
-    def share(hits: Sequence[bool]) -> float:
-        return sum(hits) / n
-
-    accuracy = share([s.score.correct for s in scored])
-    judged = [s.score.optimal for s in scored if s.score.optimal is not None]
+def _by_level(scored: Sequence[Scored]) -> dict[str, Any]:
+    levels = {s.trajectory.meta["level"] for s in scored if "level" in s.trajectory.meta}
     return {
+        str(level): measures([s for s in scored if s.trajectory.meta.get("level") == level])
+        for level in sorted(levels, key=lambda level: (isinstance(level, str), level))
+    }
+
+
+def measures(scored: Sequence[Scored]) -> dict[str, Any]:
+    """What is measured of a set of scored examples that is not empty.
+
+    Returns:
+        `n`; `accuracy` with its Wilson interval `ci95` and `standard_error`; the shares `optimal_rate` (of the plans
+        whose length is judged; None where none is), `latent_rate` (consumed a latent), `invalid_rate` (no answer could
+        be read) and `cut_rate` (a limit was reached), each with its Wilson interval as `optimal_ci95` and so on;
+        `latents_per_response` and `tokens_per_response`, the text tokens.
+    """
+    n = len(scored)
+    right = [s.score.correct for s in scored]
+    accuracy = sum(right) / n
+    shares = {
+        "optimal": [s.score.optimal for s in scored if s.score.optimal is not None],
+        "latent": [s.latents > 0 for s in scored],
+        "invalid": [not s.score.valid for s in scored],
+        "cut": [s.decoding.finish_reason == "length" for s in scored],
+    }
+    found: dict[str, Any] = {
         "n": n,
         "accuracy": accuracy,
-        "ci95": list(wilson(sum(s.score.correct for s in scored), n)),
+        "ci95": list(wilson(sum(right), n)),
         "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
-        "optimal_rate": sum(judged) / len(judged) if judged else None,
-        "latent_rate": share([s.latents > 0 for s in scored]),
-        "invalid_rate": share([not s.score.valid for s in scored]),
-        "cut_rate": share(
-            [s.trajectory.decoding is not None and s.trajectory.decoding.finish_reason == "length" for s in scored]
-        ),
-        "latents_per_response": sum(s.latents for s in scored) / n,
-        "tokens_per_response": sum(s.tokens for s in scored) / n,
     }
-
-
-def report(
-    scored: Sequence[Scored], *, model: str, data: dict[str, Any], generation: GenerationConfig, started: float
-) -> dict[str, Any]:
-    """`results.json`: the measures, and everything needed to get them again.
-
-    Args:
-        started: `time.perf_counter()` when the evaluation began.
-    """
-    settings = asdict(generation)
-    settings.pop("latent_hook")
-    return {
-        "model": model,
-        "data": data,
-        **summarise(scored),
-        "seconds": round(time.perf_counter() - started, 2),
-        "generation": settings,
-        "versions": {
-            "mirage_vlm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": _device_name()},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "items": items(scored),
-    }
+    for name, hits in shares.items():
+        found[f"{name}_rate"] = sum(hits) / len(hits) if hits else None
+        found[f"{name}_ci95"] = list(wilson(sum(hits), len(hits))) if hits else None
+    found["latents_per_response"] = sum(s.latents for s in scored) / n
+    found["tokens_per_response"] = sum(s.tokens for s in scored) / n
+    return found
 
 
 def write_json(path: str | Path, value: dict[str, Any]) -> None:
@@ -154,7 +208,3 @@ def write_json(path: str | Path, value: dict[str, Any]) -> None:
     """
     with atomic_writer(Path(path)) as file:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

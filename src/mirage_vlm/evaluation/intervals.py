@@ -57,3 +57,34 @@ def in_points(interval: Sequence[float]) -> str:
     """The interval of a difference in percentage points: `-46.7 to -13.3`."""
     low, high = interval
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
+def bootstrap_over_seeds(
+    outcomes: Sequence[Sequence[float]], seed: int = 0, rounds: int = 2_000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over training seeds and items, with an interval that knows of both.
+
+    Seeds are drawn again, and in each of them the items, which all seeds share, by one draw for all (a two-way
+    bootstrap, Owen 2007). With one seed the interval is of the items alone.
+
+    Args:
+        outcomes: for each seed the outcome of each item, or the difference of two.
+
+    Returns:
+        The mean, and the lower and upper end of its interval.
+
+    Raises:
+        MirageError: there is nothing, or seeds have different numbers of items.
+    """
+    if not outcomes or not len(outcomes[0]) or len({len(row) for row in outcomes}) > 1:
+        raise MirageError("a bootstrap over seeds needs the same items, at least one, for each seed")
+    table = np.asarray(outcomes, dtype=float)  # [S, N]
+    rng = np.random.default_rng(seed)
+    seeds, n = table.shape
+    means = np.empty(rounds)
+    for i in range(rounds):
+        weights = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) / seeds
+        items = rng.multinomial(n, np.full(n, 1 / n)) / n
+        means[i] = weights @ table @ items
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(table.mean()), float(low), float(high)

@@ -19,10 +19,12 @@ import torch
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.evaluate import Scored, evaluate
-from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap, wilson
-from mirage_vlm.modeling.pooling import span_length
-from mirage_vlm.trajectory import Trajectory
+from mirage_vlm.evaluation.evaluate import Scored, evaluate, measures
+from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap
+from mirage_vlm.evaluation.kept import Kept
+from mirage_vlm.modeling.encoding import boxes
+from mirage_vlm.modeling.pooling import pool, span_length
+from mirage_vlm.trajectory import LatentSpan, Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -48,11 +50,13 @@ class Material:
         own: the latents of each example's own decoding, float32 on the CPU; some example has some.
         targets: the same of its helper images; empty where no replacement asks for them.
         seed: of noise and of the shuffle.
+        matched: targets of as many latents as each span of `own` has; empty where no replacement asks for them.
     """
 
     own: Sequence[Spans]
     targets: Sequence[Spans]
     seed: int
+    matched: Sequence[Spans] = ()
 
     @cached_property
     def all_own(self) -> torch.Tensor:
@@ -84,6 +88,7 @@ class Replacement:
         vector: what stands at a place; None leaves the latents as they are.
         changes: fields of `GenerationConfig` that it sets.
         targets: it is made of the examples' helper images.
+        matched: it is made of them too, at the counts of the model's own spans.
     """
 
     about: str
@@ -91,6 +96,7 @@ class Replacement:
     vector: Callable[[Material], Vector] | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     targets: bool = False
+    matched: bool = False
 
 
 def _always(vector: torch.Tensor) -> Vector:
@@ -154,6 +160,12 @@ REPLACEMENTS: dict[str, Replacement] = {
     "oracle": Replacement(
         "the pooled helper image", empty=False, vector=lambda m: lambda p: _at(m.targets[p.example], p), targets=True
     ),
+    "count-matched": Replacement(
+        "the pooled helper image, at the model's own number of latents",
+        empty=False,
+        vector=lambda m: lambda p: _at(m.matched[p.example], p),
+        matched=True,
+    ),
     "markers": Replacement("start and end, nothing between", changes={"latent_size": 0}),
     "remove": Replacement("no span", changes={"max_spans": 0}),
 }
@@ -193,35 +205,70 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def oracle_targets(
-    vlm: LatentVLM, examples: Sequence[Trajectory], latent_size: int | None = None
+    vlm: LatentVLM,
+    examples: Sequence[Trajectory],
+    latent_size: int | None = None,
+    lengths: Sequence[Sequence[int]] | None = None,
 ) -> list[list[torch.Tensor]]:
-    """The targets [k, D] of each span of each reference response, in float32 on the CPU.
+    """What stands for targets [k, D] in each span of each reference response, in float32 on the CPU.
+
+    With a table of codes that is the entry nearest to each target, as in training. Pooling `random` draws the same
+    patches at each call, so that an evaluation can be resumed.
 
     Args:
         latent_size: k of all spans; None takes the span's, and then the checkpoint's.
+        lengths: for each example the k of each span that is wanted instead, of the reference's spans in order and again
+            from the first where there are fewer. Pooling `full` gives way to `average` here; of regions, so many are
+            taken at even distances.
 
     Raises:
         MirageError: a reference has no helper image, one cannot be read, or k is larger than its patches.
     """
-    found = []
+    found: list[list[torch.Tensor]] = []
     for i, example in enumerate(examples):
-        spans = [span for span in example.spans if span.helper is not None]
-        pictures = vlm.encoder.pictures([span.helper for span in spans if span.helper is not None])
-        if pictures is None:
+        prompts = vlm.config.target == "prompt"
+        spans = [span for span in example.spans if prompts or span.helper is not None]
+        if not spans:
             raise MirageError(
                 f"example {i + 1} of {len(examples)} ({_label(example)}) has no helper image in its reference "
-                "response: leave out oracle and random-matched"
+                "response: leave out oracle, count-matched and random-matched"
             )
-        patches = [h * w for h, w in map(vlm.family.merged_grid, pictures.grid_thw)]
-        lengths = [
-            span_length(vlm.config.pooling, n, latent_size or span.k or vlm.config.latent_size, span.helper)
-            for n, span in zip(patches, spans, strict=True)
+        sizes = [latent_size or vlm.encoder.own_length(span) or span.k or vlm.config.latent_size for span in spans]
+        if lengths is not None:
+            sizes = list(lengths[i])
+            spans = [spans[j % len(spans)] for j in range(len(sizes))]
+        shown = [vlm.encoder.target_picture(span, example) for span in spans]
+        pictures = vlm.encoder.pictures(shown)
+        if pictures is None:  # no span is wanted
+            found.append([])
+            continue
+        grids = [vlm.family.merged_grid(grid) for grid in pictures.grid_thw]
+        pooled = [
+            k if span.regions else span_length(vlm.config.pooling, h * w, k, picture)
+            for (h, w), k, span, picture in zip(grids, sizes, spans, shown, strict=True)
         ]
-        pixels, grids = (tensor.to(vlm.device) for tensor in (pictures.pixel_values, pictures.grid_thw))
-        with torch.no_grad():
-            targets = vlm.targets(pixels, grids, lengths).float().cpu()
-        found.append(list(targets.split(lengths)))
+        regions = boxes([_spread(span, k) for span, k in zip(spans, pooled, strict=True)], pooled)
+        pixels, grid_thw = (tensor.to(vlm.device) for tensor in (pictures.pixel_values, pictures.grid_thw))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(i)
+            made = vlm.targets(pixels, grid_thw, pooled, regions=regions)
+            targets = list(vlm.feedback.consumed(made).float().cpu().split(pooled))
+        if lengths is not None and vlm.config.pooling == "full":
+            targets = [
+                t if span.regions else pool(t, grid, k, "average")
+                for t, grid, k, span in zip(targets, grids, sizes, spans, strict=True)
+            ]
+        found.append(targets)
     return found
+
+
+def _spread(span: LatentSpan, k: int) -> LatentSpan:
+    """The span with k of its regions, at even distances, the first and the last among them."""
+    if not span.regions or len(span.regions) == k:
+        return span
+    last = len(span.regions) - 1
+    picked = [round(j * last / max(1, k - 1)) for j in range(k)]
+    return replace(span, k=None, regions=tuple(span.regions[j] for j in picked))
 
 
 def replacement_test(
@@ -232,6 +279,7 @@ def replacement_test(
     engine: EngineConfig | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
+    kept: Kept | None = None,
 ) -> dict[str, list[Scored]]:
     """Decode and score every example once with each replacement.
 
@@ -242,6 +290,7 @@ def replacement_test(
         generation: the same for all but for what a replacement changes; only `self` is sure to return latents.
         progress: called with the number of responses that were finished; there are examples × replacements.
         seed: of noise and of the shuffle.
+        kept: as for `evaluate`; its responses of `self` have latents.
 
     Returns:
         For each replacement the examples in order.
@@ -256,11 +305,14 @@ def replacement_test(
     if "shuffle" in names and len(examples) == 1:
         raise MirageError("shuffle needs at least two examples")
     targets: Sequence[Spans] = []
-    if any(REPLACEMENTS[name].targets for name in names):
+    if any(REPLACEMENTS[name].targets or REPLACEMENTS[name].matched for name in names):
         targets = oracle_targets(vlm, examples, generation.latent_size)
-    results = {"self": evaluate(vlm, examples, replace(generation, return_latents=True), engine, progress)}
+    results = {"self": evaluate(vlm, examples, replace(generation, return_latents=True), engine, progress, kept)}
     own = [[s.latents.float() for s in each.trajectory.spans if s.latents is not None] for each in results["self"]]
-    material = Material(own, targets, seed)
+    matched: Sequence[Spans] = []
+    if any(REPLACEMENTS[name].matched for name in names):
+        matched = oracle_targets(vlm, examples, lengths=[[len(span) for span in spans] for spans in own])
+    material = Material(own, targets, seed, matched)
     for name in names[1:]:
         if not any(own):
             results[name] = results["self"]
@@ -270,7 +322,7 @@ def replacement_test(
         kind = REPLACEMENTS[name]
         hook = None if kind.vector is None else _Hook(kind.vector(material))
         changed = replace(generation, latent_hook=hook, **kind.changes)
-        results[name] = evaluate(vlm, examples, changed, engine, progress)
+        results[name] = evaluate(vlm, examples, changed, engine, progress, kept, name)
     return results
 
 
@@ -282,8 +334,8 @@ def summarise_replacements(results: Mapping[str, Sequence[Scored]], seed: int = 
         seed: of the paired bootstrap.
 
     Returns:
-        For each replacement `n`, `accuracy` with its Wilson interval `ci95`, `difference` (its accuracy − that of
-        `self`, example by example) with `difference_ci95`, and `latent_rate` (responses that consumed a latent).
+        For each replacement what `measures` gives, `difference` (its accuracy − that of `self`, example by example)
+        with `difference_ci95`, and `correct`, a 1 or 0 for each example in order.
     """
     own = [each.score.correct for each in results["self"]]
     summary = {}
@@ -291,12 +343,10 @@ def summarise_replacements(results: Mapping[str, Sequence[Scored]], seed: int = 
         right = [each.score.correct for each in scored]
         difference, low, high = paired_bootstrap(right, own, seed=seed)
         summary[name] = {
-            "n": len(right),
-            "accuracy": sum(right) / len(right),
-            "ci95": list(wilson(sum(right), len(right))),
+            **measures(scored),
             "difference": difference,
             "difference_ci95": [low, high],
-            "latent_rate": sum(each.latents > 0 for each in scored) / len(scored),
+            "correct": "".join(str(int(hit)) for hit in right),
         }
     return summary
 

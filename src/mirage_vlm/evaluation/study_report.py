@@ -67,17 +67,30 @@ def lines(study: Study) -> list[Line]:
     return [Line(row, runs) for row in study.rows if (runs := outcomes(study, row))]
 
 
-def page(study: Study, command: str) -> str:
+def page(study: Study, command: str, picture: str | None = None) -> str:
     """Markdown: one table of all rows, and one of the replacement test.
 
     Args:
         command: that makes this page.
+        picture: the figure, as the page links to it.
     """
     done = lines(study)
     reference = next((line for line in done if line.row.name == study.against), None)
     test = study.test
     levels = ", ".join(map(str, test.levels))
+    head = ["# Results", ""]
+    if picture is not None:
+        head += [
+            f"![accuracy of each row, with what replaces its latents]({picture})",
+            "",
+            "Bars: accuracy with the model's own latents, where it has any. Dots: what is left with the best of the "
+            "empty replacements (zeros, noise, another example's latents, no latents, no span). Diamonds: with the "
+            "helper image itself as latents. A long way from the end of a bar to its dot means that the content of the "
+            "latents is used.",
+            "",
+        ]
     parts = [
+        *head,
         f"Made by `{command}`. Test: {test.n} held-out `{test.task}` maps of sides {levels}, the same for every row. "
         "Accuracy in percent, the mean of the seeds, with a 95 % interval over seeds and maps (over maps alone where "
         "there is one seed).",

@@ -1,0 +1,95 @@
+"""`mirage analyse`: what the latents of a checkpoint are, in numbers and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mirage_vlm.cli.data import Style
+from mirage_vlm.cli.options import load_model, parse_levels
+from mirage_vlm.errors import MirageError
+
+if TYPE_CHECKING:
+    from mirage_vlm.evaluation.run import Source
+
+
+def analyse(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attention, nearest, similarity, projection or probe.")],
+    model: Annotated[str, typer.Option(help="A checkpoint folder or hub name, or `bundled`.")] = "bundled",
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Make held-out examples of this task.")] = None,
+    levels: Annotated[str, typer.Option(help="Side lengths of the maps made with --task.")] = "3,4,5,6",
+    n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 100,
+    style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
+    seed: Annotated[int, typer.Option(help="Seed of made examples, of draws and of halves.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first examples.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most positions of a response, latents included.")] = 256,
+    method: Annotated[str, typer.Option(help="Of a projection: pca, tsne or umap.")] = "pca",
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for KIND.png and KIND.json.")] = Path("analysis"),
+) -> None:
+    """Decode greedily, look at the latents, and write a picture and the numbers behind it."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from mirage_vlm.decoding import GenerationConfig
+    from mirage_vlm.evaluation.analysis.kinds import ANALYSES, Wish, check
+    from mirage_vlm.evaluation.analysis.kinds import analyse as run
+
+    wish = Wish(seed, method)
+    check(kind, out, wish)
+    source = _source(data, task, parse_levels(levels), n, style, seed, limit)
+    vlm = load_model(model, device)
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        work = bar.add_task("decoding", total=len(source.examples))
+        generation = GenerationConfig(max_new_tokens=max_new_tokens)
+        results = run(
+            kind, vlm, model, source, generation, out, wish=wish, progress=lambda done: bar.update(work, advance=done)
+        )
+    _print(results["kind"], ANALYSES[kind].table(results["numbers"]), results, out)
+
+
+def _source(
+    data: Path | None, task: str | None, levels: tuple[int, ...], n: int, style: Style, seed: int, limit: int | None
+) -> Source:
+    from mirage_vlm.evaluation.run import Source
+    from mirage_vlm.formats import read_data
+    from mirage_vlm.tasks import from_record
+    from mirage_vlm.tasks.make import GeneratedDataset
+
+    common = {"style": style.value, "limit": limit}
+    if (data is None) == (task is None):
+        raise MirageError("say what to look at: give either --data or --task")
+    if data is not None:
+        plain = "direct" if style is Style.DIRECT else "cot"
+        return Source(
+            {"path": str(data), **common}, read_data(data, plain=lambda r: from_record(r, style=plain))[:limit]
+        )
+    assert task is not None
+    made = GeneratedDataset(task, levels, n, seed, style.value, "test")
+    origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
+    return Source(origin, [made[i] for i in range(len(made))][:limit])
+
+
+def _print(kind: str, rows: list[list[str]], results: dict, out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{kind}: {results['model']}, {results['with_latents']} of {results['n']} responses have latents"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in rows[0]:
+        shown.add_column(heading, justify="right")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110  # rich takes 80 for a file, which breaks words in columns
+    console.print(shown, markup=False)
+    console.print(f"{out / kind}.png and {kind}.json", highlight=False, soft_wrap=True)
