@@ -14,7 +14,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation import study as study_module
 from mirage_vlm.evaluation.intervals import bootstrap_over_seeds
 from mirage_vlm.evaluation.study import correct, load_study, outcomes, recipes_of, run_row
-from mirage_vlm.evaluation.study_report import page
+from mirage_vlm.evaluation.study_report import lines, page
 from mirage_vlm.training import run
 from mirage_vlm.training.recipe import load_recipe
 
@@ -98,6 +98,20 @@ def test_what_is_done_is_not_done_again(done, monkeypatch):
     for row in done.rows:
         run_row(done, row, 1, load_model, told.append)
     assert len(told) == 2 and all(line.endswith("results.json: is there") for line in told)
+
+
+def test_results_of_another_study_are_refused(folder, done, tmp_path):
+    changed = {"n: 12": "n: 11", "train.learning_rate=2.0e-3": "train.learning_rate=3.0e-3"}
+    for (old, new), message in zip(
+        changed.items(), ("is of another test", "another recipe (train differ)"), strict=True
+    ):
+        path = tmp_path / "study.yaml"
+        path.write_text(STUDY.format(folder=folder).replace(old, new))
+        study = load_study(path)
+        with pytest.raises(MirageError, match=re.escape(message)):
+            run_row(study, study.row("paper"), 1, load_model, lambda line: None)
+        with pytest.raises(MirageError, match=re.escape(message)):
+            lines(study)
 
 
 def test_a_run_whose_test_is_missing_is_only_tested(done, monkeypatch):

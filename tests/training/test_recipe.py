@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.study import load_study
+from mirage_vlm.modeling.feedback import FEEDBACKS
 from mirage_vlm.training.recipe import LoraRecipe, Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # those are accelerate's
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # those are accelerate's
+STUDIES = [path for path in FILES if "\nrows:" in path.read_text()]
+RECIPES = [path for path in FILES if path not in STUDIES]
 
 SMALL = """\
 # a comment
@@ -61,6 +65,13 @@ def test_a_recipe_is_read(write):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_shipped_recipe_loads(path):
     assert isinstance(load_recipe(path), Recipe)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_every_shipped_study_loads(path, monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)  # its recipes are named from there
+    study = load_study(path)
+    assert all((Path(base.path) / "config.json").exists() for base in study.bases)
 
 
 def test_there_are_recipes():
@@ -171,7 +182,7 @@ def test_missing_keys(write):
         ("model.scratch={}", "model: give one of path and scratch"),
         ("model.path=", "model: give one of path and scratch"),
         ("model.pooling=avg", "model.pooling: 'avg' is not one of average, grid, random, full"),
-        ("model.feedback=mlp", "model.feedback: 'mlp' is not one of identity, linear, rescaled, codebook, pause"),
+        ("model.feedback=mlp", f"model.feedback: 'mlp' is not one of {', '.join(FEEDBACKS)}"),
         ("model.stop_rule=never", "model.stop_rule: 'never' is not one of fixed, learned"),
         ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
         ("model.latent_size=0", "model.latent_size: must be positive"),

@@ -117,6 +117,14 @@ def test_some_latents_can_be_given(tiny, iterations):
     assert distance(latents, torch.stack(expected)) < 1e-5
 
 
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_given_latents_stand_in_every_pass(tiny, iterations):
+    batch = batch_of(tiny, ragged())
+    targets = targets_of(tiny, batch)
+    _, latents = forward_own(tiny, batch, iterations, given=(targets, torch.ones(len(targets), dtype=torch.bool)))
+    assert torch.equal(latents, targets)
+
+
 def test_all_given_is_stage_1_and_none_is_stage_2(tiny):
     batch = batch_of(tiny, ragged())
     one, two = stage1(tiny, batch), stage2(tiny, batch_of(tiny, ragged(), targets=False))

@@ -359,7 +359,7 @@ def can_compile(device: str) -> bool:
     return device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
-_STEPS: WeakKeyDictionary[LatentVLM, dict[torch.dtype, Callable[..., torch.Tensor]]] = WeakKeyDictionary()
+_STEPS: WeakKeyDictionary[LatentVLM, dict[tuple[str, torch.dtype], Callable[..., torch.Tensor]]] = WeakKeyDictionary()
 
 
 def _compiled(vlm: LatentVLM) -> Callable[..., torch.Tensor]:
@@ -376,14 +376,15 @@ def _compiled(vlm: LatentVLM) -> Callable[..., torch.Tensor]:
     if not can_compile(device):
         raise MirageError("compiling for the CPU needs a C++ compiler (g++ or clang++); leave compile off without")
     steps = _STEPS.setdefault(vlm, {})
-    if vlm.model.dtype not in steps:
+    kind = (device, vlm.model.dtype)
+    if kind not in steps:
         # torch keeps what it has compiled by code object
         step = FunctionType(run_paged.__code__.replace(), run_paged.__globals__, run_paged.__name__)
         how: dict[str, Any] = {"mode": "reduce-overhead"}
         if device == "cpu":
             how = {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
-        steps[vlm.model.dtype] = torch.compile(step, fullgraph=True, dynamic=True, **how)
-    return steps[vlm.model.dtype]
+        steps[kind] = torch.compile(step, fullgraph=True, dynamic=True, **how)
+    return steps[kind]
 
 
 def _free_memory(device: torch.device) -> int:

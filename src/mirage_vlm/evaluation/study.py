@@ -24,7 +24,7 @@ from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.recipe import Recipe, load_recipe
 from mirage_vlm.training.run import FINAL, train
-from mirage_vlm.training.trainer import METRICS_FILE
+from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -183,18 +183,21 @@ def run_row(
         MirageError: as `train` and `run_all`.
     """
     results = study.folder(row, seed) / RESULTS
+    recipes = recipes_of(study, row, seed)
     if results.exists():
+        _check_done(study, row, recipes, results)
         tell(f"{results}: is there")
         return results
-    recipes = recipes_of(study, row, seed)
     for recipe in recipes:
-        if not (Path(recipe.output_dir) / FINAL).exists():
+        if (Path(recipe.output_dir) / FINAL).exists():
+            _check_recipe(recipe)
+        else:
             tell(f"{recipe.output_dir}: training")
             train(recipe, resume=True)
     tell(f"{results}: testing")
     test = study.test
     made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
-    origin = {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
+    origin = _origin(study, row)
     model = str(Path(recipes[-1].output_dir) / FINAL)
     settings = Settings(
         GenerationConfig(max_new_tokens=test.max_new_tokens),
@@ -203,6 +206,31 @@ def run_row(
     )
     list(run_all(plan([model], [Source(origin, [made[i] for i in range(test.n)])], results), settings, load))
     return results
+
+
+def _origin(study: Study, row: Row) -> dict[str, Any]:
+    test = study.test
+    return {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse a model that another recipe has made."""
+    made = json.loads((Path(recipe.output_dir) / FINAL / RECIPE_FILE).read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(recipe.to_dict()))
+    if made != wanted:
+        parts = [key for key in wanted if made.get(key) != wanted[key]]
+        raise MirageError(
+            f"{recipe.output_dir}: was trained by another recipe ({', '.join(parts)} differ); remove the folder to "
+            "train anew, or give the study another output"
+        )
+
+
+def _check_done(study: Study, row: Row, recipes: Sequence[Recipe], results: Path) -> None:
+    """Refuse results of other recipes or of another test."""
+    for recipe in recipes:
+        _check_recipe(recipe)
+    if json.loads(results.read_text(encoding="utf-8"))["data"] != _origin(study, row):
+        raise MirageError(f"{results}: is of another test than the study's; remove it to test anew")
 
 
 @dataclass(frozen=True)
@@ -231,6 +259,7 @@ def outcomes(study: Study, row: Row) -> list[Outcome]:
         if not file.exists():
             continue
         recipes = recipes_of(study, row, seed)
+        _check_done(study, row, recipes, file)
         lasts = [_last_line(Path(recipe.output_dir) / METRICS_FILE) for recipe in recipes]
         found.append(
             Outcome(

@@ -69,12 +69,14 @@ class Pretrained(nn.Module):
             if found != token_id:
                 raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
         vlm = cls(model, tokenizer, image_processor, config)
-        if (config.feedback, config.codes) == (saved.feedback, saved.codes) and vlm.feedback.state_dict():
+        if config.feedback == saved.feedback == "codebook" and config.codes != saved.codes:
+            raise MirageError(f"{path}: its table has {saved.codes} codes and cannot be made one of {config.codes}")
+        if config.feedback == saved.feedback and vlm.feedback.state_dict():
             weights = Path(path) / FEEDBACK_FILE
             if not weights.exists():
                 raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
             vlm.feedback.load_state_dict(load_file(weights))
-            vlm.feedback_is_new = False
+            vlm.feedback_is_new = not vlm.feedback.fitted
         return vlm.to(device).eval() if device is not None else vlm.eval()
 
     @classmethod

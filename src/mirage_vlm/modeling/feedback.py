@@ -53,6 +53,11 @@ class Feedback(nn.Module):
     def fit(self, targets: torch.Tensor) -> None:
         """Take what is to be known of the data from a sample of targets [n, D], before training begins."""
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it needs no `fit`, or has had it."""
+        return True
+
     def consumed(self, targets: torch.Tensor) -> torch.Tensor:
         """[n, D] targets → [n, D] what stands in the place of latents when targets are given."""
         return targets
@@ -104,6 +109,10 @@ class Rescaled(Feedback):
     def fit(self, targets: torch.Tensor) -> None:
         self.size.copy_(targets.norm(dim=-1).mean())
 
+    @property
+    def fitted(self) -> bool:
+        return bool(self.size != 1)
+
 
 class Codebook(Feedback):
     """A mixture of a table of picture features: softmax over a learnt head, then the table's mean by it.
@@ -133,7 +142,7 @@ class Codebook(Feedback):
         count = len(self.table)
         if len(targets) < count:
             raise MirageError(f"a table of {count} codes cannot be made of {len(targets)} targets; lower model.codes")
-        targets = targets.to(self.table)
+        targets = targets.to(self.table.device).float()
         centres = targets[_far_apart(targets, count)]
         for _ in range(ROUNDS):
             apart = torch.cdist(targets, centres)  # [n, C]
@@ -145,6 +154,10 @@ class Codebook(Feedback):
             centres[lost] = targets[near.topk(len(lost)).indices]
         self.table.copy_(centres)
 
+    @property
+    def fitted(self) -> bool:
+        return bool(self.table.any())
+
     def consumed(self, targets: torch.Tensor) -> torch.Tensor:
         return self.table[self.labels(targets)].to(targets.dtype)
 
@@ -152,7 +165,7 @@ class Codebook(Feedback):
         return self.head(hidden)
 
     def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
-        return torch.cdist(targets.to(self.table), self.table).argmin(dim=1)
+        return torch.cdist(targets.float(), self.table.float()).argmin(dim=1)
 
 
 def _far_apart(targets: torch.Tensor, count: int) -> torch.Tensor:
@@ -210,6 +223,10 @@ class Pause(Feedback):
     def fit(self, targets: torch.Tensor) -> None:
         """Start at the mean target."""
         self.vector.data.copy_(targets.mean(dim=0))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.vector.any())
 
     def consumed(self, targets: torch.Tensor) -> torch.Tensor:
         return self.vector.expand_as(targets)

@@ -39,7 +39,8 @@ def needs_of(batch: Mapping[str, torch.Tensor], recipe: Recipe, pad_id: int) -> 
     ids = batch["input_ids"]
     rolled = recipe.stage == "stage2"
     count = passes(ids, pad_id, recipe.train.latent_iterations) if rolled else 1
-    return Needs(count, int("pixel_values" in batch), int(recipe.stage != "sft" and bool((ids == pad_id).any())))
+    seen = "pixel_values" in batch or (recipe.loss.through_targets and "helper_pixel_values" in batch)
+    return Needs(count, int(seen), int(recipe.stage != "sft" and bool((ids == pad_id).any())))
 
 
 @contextmanager

@@ -172,6 +172,9 @@ class _Roll:
             ids = self.ids[:, offset : offset + latents]
             first = self._taken(i, self.recast(ids[:, 0], self.newest).unsqueeze(1))
             inputs = torch.cat([first, inputs[:, 1:]], dim=1)
+            if latents > 1:  # where a target is given, it stands there from the first pass on
+                known = self._taken(i, inputs[:, 1:latents], skip=1)
+                inputs = torch.cat([inputs[:, :1], known, inputs[:, latents:]], dim=1)
             waiting = (ids[:, 1:] == self.vlm.config.pad_id).unsqueeze(-1)
             for _ in range(min(iterations, latents) - 1):
                 hidden = self._advance(offset, inputs[:, : latents - 1], keep=False)

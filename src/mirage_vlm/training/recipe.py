@@ -249,6 +249,11 @@ def check(recipe: Recipe, where: Where) -> None:
         "train.visibility",
         "hides pictures in stage1 and stage2 alone, and not from packed rows",
     )
+    require(
+        train.visibility == "full" or "flash" not in (model.attn or ""),
+        "train.visibility",
+        "needs a mask for each pair of positions, which flash attention does not take; choose another model.attn",
+    )
     key, shares = "train.own_share", list(train.own_share)
     two = len(shares) == 2 and all(0 <= share <= 1 for share in shares)
     require(two, key, f"must be two shares from 0 to 1, of the first and the last step, not {shares}")

@@ -136,6 +136,8 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
     Raises:
         MirageError: the alignment and the feedback do not go together, or there are too few targets.
     """
+    if vlm.feedback.reads_patches and recipe.train.pack:
+        raise MirageError("train.pack: a pointer would see the pictures of the other examples of its row; leave it out")
     if recipe.needs_targets:
         alignment.check(vlm.feedback)
         if vlm.feedback.reads_patches and vlm.config.target != "prompt":

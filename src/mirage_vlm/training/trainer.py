@@ -250,6 +250,7 @@ class LatentTrainer(transformers.Trainer):
         state = self.vlm.state_dict() if state_dict is None else self._own(state_dict)
         if self.recipe.model.lora is not None:
             trained = [name for name, parameter in self.vlm.named_parameters() if parameter.requires_grad]
+            trained += [f"feedback.{name}" for name, _ in self.vlm.feedback.named_buffers()]  # made of this run's data
             save_file({name: state[name].contiguous() for name in trained}, folder / TRAINABLE_FILE)
         else:
             self.vlm.write_files(folder, self._rounded(state))
