@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import load_model, parse_levels
+from mirage_vlm.cli.options import load_model, new_table, open_sources, parse_levels, progress_bar
 from mirage_vlm.errors import MirageError
-
-if TYPE_CHECKING:
-    from mirage_vlm.evaluation.run import Source
 
 
 def analyse(
@@ -34,7 +31,6 @@ def analyse(
 ) -> None:
     """Decode greedily, look at the latents, and write a picture and the numbers behind it."""
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
     from mirage_vlm.decoding import GenerationConfig
     from mirage_vlm.evaluation.analysis.kinds import ANALYSES, Wish, check
@@ -42,11 +38,13 @@ def analyse(
 
     wish = Wish(seed, method)
     check(kind, out, wish)
-    source = _source(data, task, parse_levels(levels), n, style, seed, limit)
+    if (data is None) == (task is None):
+        raise MirageError("say what to look at: give either --data or --task")
+    files, tasks = [] if data is None else [data], [] if task is None else [task]
+    (source,) = open_sources(files, tasks, parse_levels(levels), n, style, seed, limit)
     vlm = load_model(model, device)
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         work = bar.add_task("decoding", total=len(source.examples))
         generation = GenerationConfig(max_new_tokens=max_new_tokens)
         results = run(
@@ -55,35 +53,11 @@ def analyse(
     _print(results["kind"], ANALYSES[kind].table(results["numbers"]), results, out)
 
 
-def _source(
-    data: Path | None, task: str | None, levels: tuple[int, ...], n: int, style: Style, seed: int, limit: int | None
-) -> Source:
-    from mirage_vlm.evaluation.run import Source
-    from mirage_vlm.formats import read_data
-    from mirage_vlm.tasks import from_record
-    from mirage_vlm.tasks.make import GeneratedDataset
-
-    common = {"style": style.value, "limit": limit}
-    if (data is None) == (task is None):
-        raise MirageError("say what to look at: give either --data or --task")
-    if data is not None:
-        plain = "direct" if style is Style.DIRECT else "cot"
-        return Source(
-            {"path": str(data), **common}, read_data(data, plain=lambda r: from_record(r, style=plain))[:limit]
-        )
-    assert task is not None
-    made = GeneratedDataset(task, levels, n, seed, style.value, "test")
-    origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
-    return Source(origin, [made[i] for i in range(len(made))][:limit])
-
-
 def _print(kind: str, rows: list[list[str]], results: dict, out: Path) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
     title = f"{kind}: {results['model']}, {results['with_latents']} of {results['n']} responses have latents"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = new_table(title)
     for heading in rows[0]:
         shown.add_column(heading, justify="right")
     for row in rows[1:]:

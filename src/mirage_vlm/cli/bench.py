@@ -101,11 +101,11 @@ def _progress(name: str) -> Iterator[Callable[[str], None]]:
 
 
 def _print(sheet: Sheet) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=sheet.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    from mirage_vlm.cli.options import new_table
+
+    table = new_table(sheet.title)
     for i, heading in enumerate(sheet.headings):
         words = any(isinstance(cell := row[i], str) and not cell.isdigit() for row in sheet.rows)
         table.add_column(heading, justify="left" if words else "right", no_wrap=words)

@@ -43,17 +43,16 @@ def compare(
 
 
 def _print(found: dict[str, Any], first: Path, second: Path) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
 
+    from mirage_vlm.cli.options import new_table
     from mirage_vlm.evaluation.intervals import in_points
 
     a, b = found["models"]
     if a == b:  # the same checkpoint with other settings
         a, b = f"{a} ({first})", f"{b} ({second})"
     title = f"A {a}, B {b}" + ("" if found["replacement"] == "self" else f", with {found['replacement']} for latents")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = new_table()
     for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval"):
         table.add_column(heading, justify="right")
     for name, row in [*found["by_level"].items(), ("all", found["all"])]:

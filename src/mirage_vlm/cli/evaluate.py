@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import load_model, parse_levels
+from mirage_vlm.cli.options import load_model, new_table, open_sources, parse_levels, progress_bar
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from mirage_vlm.evaluation.run import Source
 
 
 def evaluate(
@@ -69,7 +67,6 @@ def evaluate(
     With --out an evaluation that is killed goes on where it was when the command is repeated.
     """
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
     from mirage_vlm.evaluation.replace import chosen
@@ -84,11 +81,12 @@ def evaluate(
         names,
         seed,
     )
-    sources = _sources(data or [], task or [], parse_levels(levels), n, style, seed, limit)
+    if not data and not task:
+        raise MirageError("say what to evaluate on: give --data or --task")
+    sources = open_sources(data or [], task or [], parse_levels(levels), n, style, seed, limit)
     runs = plan(model or ["bundled"], sources, out, trajectories, figure)
-    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True, soft_wrap=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         total = sum(len(run.source.examples) for run in runs) * max(1, len(names))
         work = bar.add_task("decoding", total=total)
         found = list(
@@ -111,35 +109,6 @@ def evaluate(
         shown.print(_summary(found, [run.source.label for run in runs]))
 
 
-def _sources(
-    data: Sequence[Path],
-    tasks: Sequence[str],
-    levels: tuple[int, ...],
-    n: int,
-    style: Style,
-    seed: int,
-    limit: int | None,
-) -> list[Source]:
-    from mirage_vlm.evaluation.run import Source
-    from mirage_vlm.formats import read_data
-    from mirage_vlm.tasks import from_record
-    from mirage_vlm.tasks.make import GeneratedDataset
-
-    if not data and not tasks:
-        raise MirageError("say what to evaluate on: give --data or --task")
-    plain_style = "direct" if style is Style.DIRECT else "cot"
-    common = {"style": style.value, "limit": limit}
-    sources = []
-    for path in data:
-        examples = read_data(path, plain=lambda record: from_record(record, style=plain_style))
-        sources.append(Source({"path": str(path), **common}, examples[:limit]))
-    for task in tasks:
-        made = GeneratedDataset(task, levels, n, seed, style.value, "test")
-        origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
-        sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
-    return sources
-
-
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
@@ -148,15 +117,8 @@ def _interval(ends: Sequence[float]) -> str:
     return "–".join(map(_percent, ends))
 
 
-def _table(title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
 def _measures(results: dict[str, Any], where: str) -> Table:
-    table = _table(f"{results['model']}{where}: {results['n']} examples in {results['seconds']:.1f} s")
+    table = new_table(f"{results['model']}{where}: {results['n']} examples in {results['seconds']:.1f} s")
     for heading in ("level", "n", "right %", "95 %", "optimal %", "latent %", "invalid %", "latents", "tokens"):
         table.add_column(heading, justify="right", no_wrap=heading == "95 %")
     groups = [results["by_level"], results.get("by_task", {}), {"all": results}]
@@ -180,7 +142,7 @@ def _measures(results: dict[str, Any], where: str) -> Table:
 def _replacements(results: dict[str, Any]) -> Table:
     from mirage_vlm.evaluation.intervals import in_points
 
-    table = _table("with something else for latents")
+    table = new_table("with something else for latents")
     for heading in ("latents", "%", "", "95 %", "− self", "95 % of that"):
         table.add_column(heading, justify="left" if heading in ("latents", "") else "right", no_wrap=True)
     for name, row in results["replacements"].items():
@@ -196,7 +158,7 @@ def _replacements(results: dict[str, Any]) -> Table:
 
 
 def _summary(found: Sequence[dict[str, Any]], data: Sequence[str]) -> Table:
-    table = _table("all evaluations")
+    table = new_table("all evaluations")
     for heading in ("model", "data", "n", "right %", "95 %", "latent %", "invalid %", "seconds"):
         table.add_column(
             heading, justify="left" if heading in ("model", "data") else "right", no_wrap=heading == "95 %"

@@ -1,12 +1,20 @@
-"""What several commands share: reading option values, loading a model."""
+"""What several commands share: reading option values, loading a model, opening data, tables and progress bars."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from mirage_vlm.cli.data import Style
+    from mirage_vlm.evaluation.run import Source
     from mirage_vlm.modeling import LatentVLM
 
 
@@ -36,3 +44,50 @@ def load_model(name: str, device: str | None = None) -> LatentVLM:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     return LatentVLM.from_pretrained(resolve(name), device=device)
+
+
+def open_sources(
+    data: Sequence[Path],
+    tasks: Sequence[str],
+    levels: tuple[int, ...],
+    n: int,
+    style: Style,
+    seed: int,
+    limit: int | None,
+) -> list[Source]:
+    """The examples of `--data` and `--task` options.
+
+    Raises:
+        MirageError: a file cannot be read, or there is no such task.
+    """
+    from mirage_vlm.evaluation.run import Source
+    from mirage_vlm.formats import read_data
+    from mirage_vlm.tasks import from_record
+    from mirage_vlm.tasks.make import GeneratedDataset
+
+    common = {"style": style.value, "limit": limit}
+    sources = []
+    for path in data:
+        examples = read_data(path, plain=lambda record: from_record(record, style=style.written))
+        sources.append(Source({"path": str(path), **common}, examples[:limit]))
+    for task in tasks:
+        made = GeneratedDataset(task, levels, n, seed, style.value, "test")
+        origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
+        sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
+    return sources
+
+
+def new_table(title: str | None = None) -> Table:
+    """An empty table in the style of all commands."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the time that has passed and is left; seen on a terminal alone, and gone when it ends."""
+    from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

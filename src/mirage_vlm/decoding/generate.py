@@ -36,6 +36,25 @@ def generate(
         MirageError: a picture cannot be read, or a prompt with its response would not fit the model's context or
             the engine's memory.
     """
+    done: dict[int, Trajectory] = {}
+    for finished in responses(vlm, prompts, config, engine):
+        done |= finished
+        if progress is not None:
+            progress(len(finished))
+    return [done[number] for number in sorted(done)]
+
+
+def responses(
+    vlm: LatentVLM,
+    prompts: Sequence[Trajectory | Sequence[Message]],
+    config: GenerationConfig | None = None,
+    engine: EngineConfig | None = None,
+) -> Iterator[dict[int, Trajectory]]:
+    """What `generate` returns, as it comes: after each step of the engine in which any finished, those by their place.
+
+    Raises:
+        MirageError: as `generate`.
+    """
     config = config or GenerationConfig()
     n = config.n
     seeds = list(config.seeds) if config.seeds is not None else [config.seed + i for i in range(n * len(prompts))]
@@ -43,7 +62,6 @@ def generate(
         raise MirageError(f"got {len(seeds)} seeds for {n * len(prompts)} responses")
     was_training = vlm.training
     running = Engine(vlm, engine)
-    done: dict[tuple[int, int], Trajectory] = {}
     submitted = 0
     try:
         while submitted < len(prompts) or running.busy:
@@ -52,11 +70,9 @@ def generate(
                 own = replace(config, seeds=seeds[submitted * n : (submitted + 1) * n])
                 running.submit(prompts[submitted], own, quiet=True)
                 submitted += 1
-            finished = [event for event in running.step() if isinstance(event, Finished)]
-            done |= {(event.request, event.sample): event.trajectory for event in finished}
-            if progress is not None and finished:
-                progress(len(finished))
-        return [done[key] for key in sorted(done)]
+            ends = [event for event in running.step() if isinstance(event, Finished)]
+            if ends:
+                yield {event.request * n + event.sample: event.trajectory for event in ends}
     finally:
         vlm.train(was_training)
 

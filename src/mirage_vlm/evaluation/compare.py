@@ -42,8 +42,13 @@ def name_of(trajectory: Trajectory) -> str:
     meta = {key: value for key, value in trajectory.meta.items() if key != "style"}
     known: dict[str, Any] = {"task": trajectory.task, "answer": trajectory.answer, "meta": meta}
     if not meta:
-        known["prompt"] = [s.text for m in trajectory.prompt for s in m.segments if isinstance(s, Text)]
+        known["prompt"] = prompt_texts(trajectory)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prompt_texts(trajectory: Trajectory) -> list[str]:
+    """The pieces of text of a prompt."""
+    return [s.text for message in trajectory.prompt for s in message.segments if isinstance(s, Text)]
 
 
 def load_results(path: str | Path, replacement: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mirage_vlm.decoding import Engine, EngineConfig, Finished, GenerationConfig, generate
+from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
+from mirage_vlm.decoding.generate import responses
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.intervals import wilson
 from mirage_vlm.evaluation.kept import Kept
@@ -103,31 +104,20 @@ def _decode_missing(
         return
     hook = generation.latent_hook
 
-    def numbered(latents: torch.Tensor, responses: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+    def numbered(latents: torch.Tensor, places: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
         """The caller's hook, with the examples' numbers for those of the engine's responses."""
         assert hook is not None
-        return hook(latents, [missing[response] for response in responses], steps)
+        return hook(latents, [missing[place] for place in places], steps)
 
-    generation = replace(generation, latent_hook=None if hook is None else numbered)
-    was_training = vlm.training
-    running = Engine(vlm, engine)
-    requests: dict[int, int] = {}  # request → example
+    own = replace(generation, seeds=[seeds[i] for i in missing], latent_hook=None if hook is None else numbered)
     before = time.perf_counter()
-    try:
-        while len(requests) < len(missing) or running.busy:
-            while len(requests) < len(missing) and len(running.queue) < running.config.max_rows:
-                i = missing[len(requests)]
-                requests[running.submit(examples[i], replace(generation, seeds=[seeds[i]]), quiet=True)] = i
-            finished = [event for event in running.step() if isinstance(event, Finished)]
-            if finished:
-                now = time.perf_counter()
-                for event in finished:
-                    kept.add(name, requests[event.request], event.trajectory, (now - before) / len(finished))
-                before = now
-                if progress is not None:
-                    progress(len(finished))
-    finally:
-        vlm.train(was_training)
+    for finished in responses(vlm, [examples[i] for i in missing], own, engine):
+        now = time.perf_counter()
+        for place, trajectory in finished.items():
+            kept.add(name, missing[place], trajectory, (now - before) / len(finished))
+        before = now
+        if progress is not None:
+            progress(len(finished))
 
 
 def score(trajectory: Trajectory) -> Score:

@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirage_vlm.evaluation.compare import name_of
+from mirage_vlm.evaluation.compare import name_of, prompt_texts
 from mirage_vlm.modeling.bundled import resolve
-from mirage_vlm.trajectory import Text, Trajectory
+from mirage_vlm.trajectory import Trajectory
 
 # the files of a checkpoint that decide what it answers, where they are there
 _MODEL_FILES = (
@@ -77,9 +77,6 @@ def examples_sha256(examples: Sequence[Trajectory]) -> str:
     """The hash of what is asked and known of examples, in order: names, tasks, answers, meta, and the prompts' text."""
     found = hashlib.sha256()
     for example in examples:
-        texts = [
-            segment.text for message in example.prompt for segment in message.segments if isinstance(segment, Text)
-        ]
-        known = [name_of(example), example.task, example.answer, example.meta, texts]
+        known = [name_of(example), example.task, example.answer, example.meta, prompt_texts(example)]
         found.update(json.dumps(known, sort_keys=True).encode() + b"\n")
     return found.hexdigest()

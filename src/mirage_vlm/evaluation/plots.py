@@ -44,14 +44,22 @@ def replacement_bars(summary: Mapping[str, Mapping[str, Any]], verdict: str, pat
         MirageError: as `check_figure`, or the file cannot be written.
     """
     check_figure(path)
+    save_figure(bars(summary, verdict), path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure to a .png or .svg file, there in full or not at all; the same figure gives the same bytes.
+
+    Raises:
+        MirageError: the file cannot be written.
+    """
     import matplotlib
 
     drawn = io.BytesIO()
     suffix = Path(path).suffix.lower().removeprefix(".")
-    # the same results give the same bytes: no date, no random names in the SVG
-    with matplotlib.rc_context({"svg.hashsalt": "mirage"}):
+    with matplotlib.rc_context({"svg.hashsalt": "mirage"}):  # no date, no random names in the SVG
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        bars(summary, verdict).savefig(drawn, format=suffix, dpi=150, metadata=metadata)
+        figure.savefig(drawn, format=suffix, dpi=150, metadata=metadata)
     with atomic_writer(Path(path)) as file:
         file.write(drawn.getvalue())
 

@@ -185,7 +185,7 @@ def run_row(
     results = study.folder(row, seed) / RESULTS
     recipes = recipes_of(study, row, seed)
     if results.exists():
-        _check_done(study, row, recipes, results)
+        _load_done(study, row, recipes, results)
         tell(f"{results}: is there")
         return results
     for recipe in recipes:
@@ -225,12 +225,14 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _check_done(study: Study, row: Row, recipes: Sequence[Recipe], results: Path) -> None:
-    """Refuse results of other recipes or of another test."""
+def _load_done(study: Study, row: Row, recipes: Sequence[Recipe], file: Path) -> dict[str, Any]:
+    """Results that are there; refuses those of other recipes or of another test."""
     for recipe in recipes:
         _check_recipe(recipe)
-    if json.loads(results.read_text(encoding="utf-8"))["data"] != _origin(study, row):
-        raise MirageError(f"{results}: is of another test than the study's; remove it to test anew")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if results["data"] != _origin(study, row):
+        raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
+    return results
 
 
 @dataclass(frozen=True)
@@ -259,12 +261,12 @@ def outcomes(study: Study, row: Row) -> list[Outcome]:
         if not file.exists():
             continue
         recipes = recipes_of(study, row, seed)
-        _check_done(study, row, recipes, file)
+        results = _load_done(study, row, recipes, file)
         lasts = [_last_line(Path(recipe.output_dir) / METRICS_FILE) for recipe in recipes]
         found.append(
             Outcome(
                 seed,
-                json.loads(file.read_text(encoding="utf-8")),
+                results,
                 sum(last["step"] for last in lasts),
                 sum(last["train_runtime"] for last in lasts),
                 sum(source.n for source in recipes[-1].data),

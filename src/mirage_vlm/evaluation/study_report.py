@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mirage_vlm.evaluation.intervals import bootstrap_over_seeds, in_points
-from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure
+from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure, save_figure
 from mirage_vlm.evaluation.replace import REPLACEMENTS
 from mirage_vlm.evaluation.study import Outcome, Row, Study, correct, outcomes
-from mirage_vlm.formats import atomic_writer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,12 +31,12 @@ class Line:
         """[S, N] outcomes of each seed."""
         return np.array([correct(run.results, replacement) for run in self.runs], dtype=float)
 
-    def accuracy(self, replacement: str = "self") -> Interval:
-        return bootstrap_over_seeds(self.right(replacement).tolist())
+    def accuracy(self) -> Interval:
+        return bootstrap_over_seeds(self.right().tolist())
 
-    def loss(self, replacement: str) -> Interval:
-        """self − replacement, item by item and seed by seed."""
-        return bootstrap_over_seeds((self.right() - self.right(replacement)).tolist())
+    def mean(self, replacement: str) -> float:
+        """Accuracy in percent, without its interval."""
+        return 100 * float(self.right(replacement).mean())
 
     def ahead(self, other: Line) -> Interval:
         """This row − another, item by item, each the mean of its seeds.
@@ -116,7 +114,7 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         parts += ["| base | row | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
         for line in tested:
             there = ("self", *line.replacements())
-            shown = [f"{100 * line.accuracy(name)[0]:.1f}" if name in there else "–" for name in names]
+            shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
             parts.append(f"| {line.row.base} | {line.row.name} | " + " | ".join(shown) + " |")
     parts += ["", "| row | what it is |", "|---|---|"]
     parts += [f"| {line.row.name} | {line.row.about} |" for line in done]
@@ -130,11 +128,7 @@ def draw(study: Study, path: str | Path) -> None:
         MirageError: as `check_figure`, or the file cannot be written.
     """
     check_figure(path)
-    drawn = io.BytesIO()
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    figure(study).savefig(drawn, format=suffix, dpi=150, metadata={"Software": None} if suffix == "png" else None)
-    with atomic_writer(Path(path)) as file:
-        file.write(drawn.getvalue())
+    save_figure(figure(study), path)
 
 
 def figure(study: Study) -> Figure:
@@ -151,11 +145,11 @@ def figure(study: Study) -> Figure:
         axes.errorbar(mean, y, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=SELF, capsize=3)
         axes.annotate(f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
         there = line.replacements()
-        empty = [100 * line.accuracy(name)[0] for name in there if REPLACEMENTS[name].empty]
+        empty = [line.mean(name) for name in there if REPLACEMENTS[name].empty]
         if empty:
             axes.plot(max(empty), y, "o", color=EMPTY)
         if "oracle" in there:
-            axes.plot(100 * line.accuracy("oracle")[0], y, "D", color=INFORMATIVE, markersize=5)
+            axes.plot(line.mean("oracle"), y, "D", color=INFORMATIVE, markersize=5)
     axes.set_yticks(range(len(done)), [f"{line.row.base}: {line.row.name}" for line in done])
     axes.set_ylim(len(done) - 0.4, -0.6)
     axes.set_xlim(0, 108)

@@ -34,7 +34,6 @@ class Pretrained(nn.Module):
     image_processor: Any
     config: LatentConfig
     feedback: Feedback
-    feedback_is_new: bool
 
     @classmethod
     def from_pretrained(
@@ -76,7 +75,6 @@ class Pretrained(nn.Module):
             if not weights.exists():
                 raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
             vlm.feedback.load_state_dict(load_file(weights))
-            vlm.feedback_is_new = not vlm.feedback.fitted
         return vlm.to(device).eval() if device is not None else vlm.eval()
 
     @classmethod

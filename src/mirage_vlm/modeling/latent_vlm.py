@@ -48,7 +48,6 @@ class LatentVLM(Pretrained):
         self.family = family_of(model.config)
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         self.encoder = Encoder(tokenizer, image_processor, config, self.family)
-        self.feedback_is_new = True  # its weights did not come with a checkpoint
         self.feedback = build_feedback(config.feedback, self.width, config.codes).to(model.device, model.dtype)
         config.write(model.config)
 

@@ -27,6 +27,11 @@ class Alignment(nn.Module):
     def fit(self, targets: torch.Tensor) -> None:
         """Take what is to be known of the data from a sample of targets [n, D], before training begins."""
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it needs no `fit`, or has had it."""
+        return True
+
     def check(self, feedback: Feedback) -> None:
         """Whether it can be used with a feedback.
 
@@ -73,10 +78,14 @@ class WhitenedError(Alignment):
         scale = torch.where(values > values.max() / 1000, values, torch.inf).rsqrt()
         self.mean, self.whiten = self.mean.float(), (axes * scale).float()  # [D, D]
 
+    @property
+    def fitted(self) -> bool:
+        return len(self.mean) > 0
+
     def forward(
         self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
     ) -> torch.Tensor:
-        if not len(self.mean):
+        if not self.fitted:
             raise RuntimeError("fit it to targets first")
         found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting, patches), targets))
         return (found - wanted).square().mean(dim=-1)

@@ -131,7 +131,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
 
 
 def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe) -> None:
-    """Let what is made from the targets be made: the alignment, and a feedback that did not come with the checkpoint.
+    """Let what is made from targets be made: the alignment, and the feedback where it did not come with a checkpoint.
 
     Raises:
         MirageError: the alignment and the feedback do not go together, or there are too few targets.
@@ -144,16 +144,15 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
             raise MirageError("model.feedback: pointer points at the prompt's picture; set model.target to prompt too")
         if vlm.feedback.reads_patches and vlm.config.places:
             raise MirageError("model.places: a pointer's latents are patches as they are; they cannot say their places")
-    parts = [
-        part for part, wanted in ((vlm.feedback, vlm.feedback_is_new), (alignment, recipe.needs_targets)) if wanted
-    ]
-    parts = [part for part in parts if type(part).fit not in (Feedback.fit, Alignment.fit)]
+    used: tuple[Feedback | Alignment, ...] = (vlm.feedback, alignment) if recipe.needs_targets else (vlm.feedback,)
+    parts = [part for part in used if not part.fitted]
     if recipe.stage == "sft" or not parts:
         return
     found: list[torch.Tensor] = []
     collate = Collator(vlm.encoder, targets=True)
     for start in range(0, len(examples), FIT_BATCH):
-        few = [examples[i] for i in range(start, min(start + FIT_BATCH, len(examples))) if examples[i].spans]
+        made = (examples[i] for i in range(start, min(start + FIT_BATCH, len(examples))))
+        few = [example for example in made if example.spans]
         if few:
             batch = Batch(**{k: v.to(vlm.device) if hasattr(v, "to") else v for k, v in collate(few).items()})
             with torch.no_grad():
@@ -166,7 +165,6 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
         raise MirageError("the data has no latent spans to learn targets from")
     for part in parts:
         part.fit(torch.cat(found).float())
-    vlm.feedback_is_new = False
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
