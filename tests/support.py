@@ -11,6 +11,7 @@ import torch
 
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.encoding import Encoded
+from mirage_vlm.modeling.pooling import place_code
 from mirage_vlm.training.data import collate
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.rollout import Batch
@@ -184,7 +185,14 @@ def slow_pointer(
     """[N] log-probabilities of the row's patches, the mixture of them, and the patches."""
     if row.pixel_values is None:
         return hidden[:0], torch.zeros_like(hidden), []
-    seen = [f for image in vlm.image_features(row.pixel_values, row.grid_thw) for f in image]
+    seen = []
+    for image, grid in zip(vlm.image_features(row.pixel_values, row.grid_thw), row.grid_thw, strict=True):
+        height, width = vlm.family.merged_grid(grid)
+        for n, f in enumerate(image):
+            down, across = divmod(n, width)
+            box = [across / width, down / height, (across + 1) / width, (down + 1) / height]
+            code = place_code(torch.tensor([box]), vlm.width)[0] if vlm.config.places else 0
+            seen.append(f + code * f.norm())
     query = vlm.feedback.query.weight @ hidden
     scores = torch.stack([query @ (vlm.feedback.key.weight @ f) for f in seen]) / vlm.width**0.5
     return scores.log_softmax(-1), sum(w * f for w, f in zip(scores.softmax(-1), seen, strict=True)), seen

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of a picture's width and height
+Region = tuple[float, ...]  # one box, or several one after the other
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,15 @@ class LatentSpan:
     Attributes:
         helper: the helper image whose compressed features are the targets of the latents (training data).
         k: number of latent tokens; None leaves it to the model's `latent_size`, or to the number of regions.
-        regions: one box for each latent, whose target is what that part of the picture shows; None pools the whole
-            picture.
+        regions: one for each latent, whose target is what that part of the picture shows: a box (left, top, right,
+            bottom in fractions of the picture), or several, one after the other in the same tuple, of which the latent
+            is to be the mean. None pools the whole picture.
         latents: [k, D] the latent vectors that were consumed (decoded trajectories).
     """
 
     helper: Image | None = None
     k: int | None = None
-    regions: tuple[Box, ...] | None = None
+    regions: tuple[Region, ...] | None = None
     latents: torch.Tensor | None = None
 
 

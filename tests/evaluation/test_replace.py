@@ -139,7 +139,7 @@ def test_oracle(tiny, examples, results):
     for example, each in zip(examples, consumed(results["oracle"]), strict=True):
         helpers = tiny.encoder.example(example).helpers
         with torch.no_grad():
-            targets = tiny.targets(helpers.pixel_values, helpers.grid_thw, [K, K]).view(2, K, -1)
+            targets = tiny.targets(helpers.pixel_values, helpers.grid_thw, [K, K]).pooled.view(2, K, -1)
         reused += any(span > 1 for span, _, _ in each)
         assert all(distance(vector, targets[span % 2, step]) < 1e-4 for span, step, vector in each)
     assert reused, "some response opens more spans than the reference has"

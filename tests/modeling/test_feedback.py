@@ -9,6 +9,7 @@ import torch
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.feedback import FEEDBACKS, Patches, build_feedback
+from mirage_vlm.modeling.pooling import Targets
 
 
 def test_identity_has_no_weights():
@@ -62,9 +63,34 @@ def test_a_codebook_finds_the_clusters_of_its_targets():
     feedback = build_feedback("codebook", 7, codes=6)
     feedback.fit(targets)
     assert torch.cdist(centres, feedback.table).min(dim=1).values.max() < 0.1
-    assert (feedback.consumed(targets) - targets).norm(dim=1).max() < 0.2
+    assert (feedback.consumed(Targets(targets, torch.arange(300))) - targets).norm(dim=1).max() < 0.2
     with pytest.raises(MirageError, match="a table of 6 codes cannot be made of 5 targets"):
         feedback.fit(targets[:5])
+
+
+@pytest.mark.parametrize("name", ["codebook", "pointer"])
+def test_the_best_alone_with_the_gradient_of_the_mixture(name):
+    torch.manual_seed(0)
+    mixing, choosing = build_feedback(name, 7, codes=5), build_feedback(f"{name}-one", 7, codes=5)
+    choosing.load_state_dict(mixing.state_dict())
+    patches = Patches(torch.randn(3, 4, 7), torch.tensor([[True] * 4, [True] * 2 + [False] * 2, [True] * 4]))
+    if name == "codebook":
+        mixing.table.normal_()
+        choosing.table.copy_(mixing.table)
+    hidden, direction = 4 * torch.randn(3, 7), torch.randn(3, 7)
+    entries = mixing.table.expand(3, 5, 7) if name == "codebook" else patches.features
+    best = mixing.scores(hidden, patches).argmax(dim=1)
+    expected = torch.stack([own[i] for own, i in zip(entries, best, strict=True)])
+    torch.testing.assert_close(choosing(hidden, patches), expected)
+    with torch.no_grad():
+        assert torch.equal(choosing(hidden, patches), expected)
+    gradients = []
+    for feedback in (mixing, choosing):
+        states = hidden.clone().requires_grad_()
+        (feedback(states, patches) * direction).sum().backward()
+        gradients.append(states.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
 
 
 def test_pause_thinks_the_same_whatever_the_state():

@@ -121,7 +121,7 @@ def test_targets_of_many_helpers_are_those_of_each_alone(tiny):
     spans = [span(1, 2, 3, 2), span(2, 5, 2, 4), span(3, 1, 1, 1)]
     together = batch_of(tiny, [dialogue(["Go"], spans)])
     with torch.no_grad():
-        found = tiny.targets(together.helper_pixel_values, together.helper_grid_thw, [2, 5, 1])
+        found = tiny.targets(together.helper_pixel_values, together.helper_grid_thw, [2, 5, 1]).pooled
         expected = []
         for one in spans:
             alone = batch_of(tiny, [dialogue(["Go"], [one])])
@@ -173,6 +173,6 @@ def test_targets_of_regions_can_say_their_places(tiny):
     vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, replace(tiny.config, places=True))
     boxes = ((0.0, 0.0, 1 / 3, 0.5), (1 / 3, 0.5, 2 / 3, 1.0))
     batch = batch_of(tiny, [dialogue(["Go"], [LatentSpan(span(1).helper, regions=boxes), "x"])])
-    plain, placed = targets_of(tiny, batch), targets_of(vlm, batch)
+    plain, placed = targets_of(tiny, batch).pooled, targets_of(vlm, batch).pooled
     for target, other, code in zip(plain, placed, place_code(torch.tensor(boxes), tiny.width), strict=True):
         torch.testing.assert_close(other, target + target.norm() * code)

@@ -271,6 +271,25 @@ def test_every_style_thinks_the_same_cells(task):
         shown = list(made["shown"].images())
         assert len(shown) == 2 and shown[1].load().tobytes() == made["direct"].spans[0].helper.load().tobytes()
         assert [len(list(made[style].images())) for style in ("plain", "words", "cells")] == [1, 1, 1]
+        if task is PLANNING:
+            waves = naive_waves(meta["map"])
+            (span,) = made["waves"].spans
+            found = [[cell_in(r[j : j + 4], side) for j in range(0, len(r), 4)] for r in span.regions]
+            assert [set(cells) for cells in found] == waves and [len(c) for c in found] == [len(w) for w in waves]
+            named = "; ".join(" ".join(f"r{r + 1}c{c + 1}" for r, c in cells) for cells in found)
+            assert made["wave-words"].text == f"<think> {named}</think>{box}" and made["waves"].text == box
+
+
+def naive_waves(rows):
+    """Sets of cells by their distance from the gift, from 1 to that of the elf, by relaxing all distances."""
+    side = len(rows)
+    cells = [(r, c) for r in range(side) for c in range(side) if rows[r][c] != "H"]
+    far = {cell: 0 if rows[cell[0]][cell[1]] == "G" else 99 for cell in cells}
+    for _ in cells:
+        for r, c in cells:
+            around = [far[n] for n in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)) if n in far]
+            far[r, c] = min([far[r, c], *(d + 1 for d in around)])
+    return [{cell for cell in cells if far[cell] == d} for d in range(1, far[made_start(rows)] + 1)]
 
 
 def made_start(rows):

@@ -22,8 +22,10 @@ from support import (
 
 from mirage_vlm.decoding import EngineConfig
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats import from_record, to_record
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.feedback import build_feedback
+from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training import run
 from mirage_vlm.training.align import ALIGNMENTS, Cosine
@@ -35,6 +37,11 @@ from mirage_vlm.trajectory import LatentSpan
 IDENTITY = build_feedback("identity", 5)
 
 
+def single(targets: torch.Tensor) -> Targets:
+    """Targets of one part each."""
+    return Targets(targets, torch.arange(len(targets)))
+
+
 @pytest.fixture
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -42,7 +49,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_cosine(pair):
-    found = Cosine()(IDENTITY, *pair)
+    found = Cosine()(IDENTITY, pair[0], single(pair[1]))
     expected = [1 - float(p @ t / (p.norm() * t.norm())) for p, t in zip(*pair, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -50,7 +57,9 @@ def test_cosine(pair):
 def test_cosine_is_of_what_is_fed_back(pair):
     linear = build_feedback("linear", 5)
     torch.nn.init.normal_(linear.proj.weight)
-    torch.testing.assert_close(Cosine()(linear, *pair), Cosine()(IDENTITY, linear(pair[0]), pair[1]))
+    torch.testing.assert_close(
+        Cosine()(linear, pair[0], single(pair[1])), Cosine()(IDENTITY, linear(pair[0]), single(pair[1]))
+    )
 
 
 def test_whitened_error_counts_each_direction_by_how_much_targets_differ_in_it(pair):
@@ -60,7 +69,8 @@ def test_whitened_error_counts_each_direction_by_how_much_targets_differ_in_it(p
     loss = ALIGNMENTS["whitened"]()
     loss.fit(torch.from_numpy(sample).float())
     inverse = np.linalg.pinv(np.cov(sample.T, bias=True), rcond=1e-3)  # Mahalanobis' distance
-    for found, prediction, target in zip(loss(IDENTITY, *pair).tolist(), *map(np.asarray, pair), strict=True):
+    losses = loss(IDENTITY, pair[0], single(pair[1])).tolist()
+    for found, prediction, target in zip(losses, *map(np.asarray, pair), strict=True):
         apart = prediction - target
         assert found == pytest.approx(apart @ inverse @ apart / 5, rel=1e-3)
 
@@ -68,7 +78,7 @@ def test_whitened_error_counts_each_direction_by_how_much_targets_differ_in_it(p
 def test_contrastive_asks_which_target_is_ones_own(pair):
     predicting, targets = pair
     targets = torch.cat([targets[:5], targets[:1] * 2])  # the last is the first, longer
-    found = ALIGNMENTS["contrastive"]()(IDENTITY, predicting, targets)
+    found = ALIGNMENTS["contrastive"]()(IDENTITY, predicting, single(targets))
     for i in range(6):
         cosines = [float(predicting[i] @ t / (predicting[i].norm() * t.norm())) for t in targets]
         others = [math.exp(c / 0.07) for j, c in enumerate(cosines) if j != i and {i, j} != {0, 5}]
@@ -80,13 +90,22 @@ def test_code_is_cross_entropy_on_the_nearest_entry(pair):
     predicting, targets = pair
     codebook = build_feedback("codebook", 5, codes=4)
     codebook.table.copy_(torch.randn(4, 5, generator=torch.Generator().manual_seed(2)))
-    found = ALIGNMENTS["code"]()(codebook, predicting, targets)
+    found = ALIGNMENTS["code"]()(codebook, predicting, single(targets))
     for i in range(6):
         near = min(range(4), key=lambda c: float((targets[i] - codebook.table[c]).norm()))
         weight, bias = codebook.head.weight.detach(), codebook.head.bias.detach()
         scores = [float(w @ predicting[i] + b) for w, b in zip(weight, bias, strict=True)]
         expected = -scores[near] + math.log(sum(map(math.exp, scores)))
         assert found[i].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_code_asks_for_all_parts_alike(pair):
+    predicting, targets = pair
+    codebook = build_feedback("codebook", 5, codes=4)
+    codebook.table.copy_(torch.randn(4, 5, generator=torch.Generator().manual_seed(2)))
+    whole = ALIGNMENTS["code"]()(codebook, predicting[:2], Targets(targets, torch.tensor([0, 0, 0, 0, 1, 1])))
+    alone = ALIGNMENTS["code"]()(codebook, predicting[[0, 0, 0, 0, 1, 1]], single(targets)).tolist()
+    assert whole.tolist() == pytest.approx([sum(alone[:4]) / 4, sum(alone[4:]) / 2], rel=1e-5)
 
 
 def test_code_needs_a_table():
@@ -122,7 +141,7 @@ def regions() -> list:
 
 def test_the_targets_of_regions_are_their_patches(tiny, regions):
     batch = batch_of(tiny, regions)
-    found = targets_of(tiny, batch)
+    found = targets_of(tiny, batch).pooled
     features = tiny.image_features(batch.helper_pixel_values, batch.helper_grid_thw)
     assert torch.equal(found[:3], features[0][[0, 4, 2]]), "rows of 3 patches: (0, 0), (1, 1), (0, 2)"
     torch.testing.assert_close(found[3:], torch.stack([features[1][:3].mean(0), features[1][3:].mean(0)]))
@@ -136,9 +155,27 @@ def test_targets_can_be_the_prompts_own_patches(tiny, regions):
     )  # no helper image is needed
     batch = batch_of(vlm, [example])
     seen = vlm.image_features(batch.pixel_values, batch.grid_thw)[0]
-    assert torch.equal(targets_of(vlm, batch), seen[[0, 4, 2]])
+    assert torch.equal(targets_of(vlm, batch).pooled, seen[[0, 4, 2]])
     with pytest.raises(MirageError, match="taken from the prompt's picture, but the prompt has none"):
         vlm.encoder.example(dialogue(["Go"], [LatentSpan(regions=BOXES), "x"]))
+
+
+def test_a_latent_can_be_the_mean_of_several_regions(tiny, coded):
+    """The first latent has two boxes, the second one; beside a row whose latents have one each."""
+    several = (BOXES[0] + BOXES[2], BOXES[1])
+    examples = [
+        dialogue(["Go"], [LatentSpan(picture(3, 2, 7), regions=BOXES), "x"]),
+        dialogue(["Go"], [LatentSpan(picture(3, 2, 7), regions=several), "x"]),
+        dialogue(["Go"], [LatentSpan(picture(3, 2, 7), k=2), "x"]),
+    ]
+    found = targets_of(tiny, batch_of(tiny, examples)).pooled
+    first, second, third = found[:3]
+    torch.testing.assert_close(found[3:5], torch.stack([(first + third) / 2, second]))
+    torch.testing.assert_close(found[5:], targets_of(tiny, batch_of(tiny, examples[2:])).pooled)
+    stand_in = coded.feedback.consumed(targets_of(coded, batch_of(coded, examples[:2])))
+    torch.testing.assert_close(stand_in[3], (stand_in[0] + stand_in[2]) / 2)
+    read = from_record(to_record(examples[1], image_source=lambda image: "x.png"))
+    assert read.spans[0].regions == several
 
 
 def test_k_must_be_the_number_of_regions(tiny):
@@ -154,7 +191,7 @@ def test_stage_1_with_a_table_reads_its_entries(coded, regions):
     for example in regions:
         row = batch_of(coded, [example])
         targets = targets_of(coded, row)
-        near = torch.stack([(coded.feedback.table - t).norm(dim=1).argmin() for t in targets])
+        near = torch.stack([(coded.feedback.table - t).norm(dim=1).argmin() for t in targets.pooled])
         embeddings, places = slow_embeddings(coded, row), (row.input_ids[0] == coded.config.pad_id).nonzero().flatten()
         for place, code in zip(places.tolist(), near, strict=True):
             embeddings[place] = coded.feedback.table[code]
@@ -173,7 +210,7 @@ def test_stage_2_can_keep_the_alignment(coded, regions):
     without = stage2(coded, batch_of(coded, regions, targets=False))
     assert without.align_sum.item() == 0 and kept.ce_sum.item() == pytest.approx(without.ce_sum.item(), rel=1e-6)
     predicting = kept.hidden[:, :-1][batch.input_ids[:, 1:] == coded.config.pad_id]
-    codes = coded.feedback.labels(targets_of(coded, batch))
+    codes = coded.feedback.labels(targets_of(coded, batch).parts)
     chances = coded.feedback.head(predicting).log_softmax(-1).gather(1, codes[:, None])
     assert kept.align_sum.item() == pytest.approx(-chances.sum().item(), rel=1e-5)
 
@@ -212,7 +249,7 @@ def test_a_pointer_mixes_the_patches_of_its_own_prompt(pointing):
         row = batch_of(pointing, [example])
         embeddings = slow_embeddings(pointing, row)
         places = (row.input_ids[0] == pointing.config.pad_id).nonzero().flatten().tolist()
-        for place, target in zip(places, targets_of(pointing, row), strict=True):
+        for place, target in zip(places, targets_of(pointing, row).pooled, strict=True):
             chances, mixture, seen = slow_pointer(pointing, row, slow_forward(pointing, row, embeddings[:place])[-1])
             apart = [float((patch - target).norm().detach()) for patch in seen]
             align -= chances[apart.index(min(apart))]
@@ -221,6 +258,22 @@ def test_a_pointer_mixes_the_patches_of_its_own_prompt(pointing):
         assert distance(hidden[i, : len(embeddings)], slow_forward(pointing, row, embeddings)) < 1e-5
     assert distance(latents, torch.stack(expected)) < 1e-5
     assert kept.align_sum.item() == pytest.approx(float(align.detach()), rel=1e-5)
+
+
+def test_the_patches_of_a_pointer_can_say_their_places(pointing):
+    """Then they are what the targets are, patch for patch."""
+    parts = copy.deepcopy(pointing)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, replace(pointing.config, places=True)).eval()
+    vlm.feedback.load_state_dict(pointing.feedback.state_dict())
+    batch = batch_of(vlm, POINTED)
+    embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw)
+    patches = vlm.patches_of(batch.input_ids, embeds, batch.grid_thw)
+    plain = pointing.patches_of(batch.input_ids, embeds, batch.grid_thw)
+    targets = targets_of(vlm, batch).pooled
+    for target, patch in zip(targets[:3], patches.features[0, [0, 4, 2]], strict=True):  # BOXES in 3 × 2 patches
+        torch.testing.assert_close(target, patch)
+    assert not torch.allclose(patches.features, plain.features) and torch.equal(patches.there, plain.there)
+    check_replay(vlm, vlm.generate(POINTED, max_new_tokens=24))
 
 
 def test_a_pointer_decodes_as_it_is_trained(pointing):
@@ -260,6 +313,8 @@ def recipe_of(folder, stage, style, *overrides, model=f"scratch: {SCRATCH}"):
         ("stage1", "cells", ["model.target=prompt", "loss.alignment=contrastive", "model.stop_rule=learned"]),
         ("stage2", "cells", ["model.feedback=codebook", "model.codes=8", "loss.align_stage2=1", "loss.alignment=code"]),
         ("stage2", "direct", ["model.feedback=pause"]),
+        ("stage1", "waves", ["model.feedback=pointer", "model.target=prompt", "loss.alignment=code"]),
+        ("stage1", "cells", ["model.feedback=codebook-one", "model.codes=16", "train.keep_examples=1"]),
         ("stage1", "cells", ["model.feedback=pointer", "model.target=prompt", "loss.alignment=code"]),
         ("stage2", "steps", ["train.own_share=[0.5, 1.0]", "train.visibility=evict"]),
         ("stage1", "direct", ["train.visibility=bottleneck"]),
@@ -273,7 +328,7 @@ def test_a_run_of_each_kind(tmp_path, stage, style, overrides):
     vlm = LatentVLM.from_pretrained(final)
     assert vlm.config.feedback == (recipe.model.feedback or "identity")
     assert vlm.config.target == (recipe.model.target or "helper")
-    if vlm.config.feedback == "codebook":
+    if vlm.config.feedback.startswith("codebook"):
         assert (vlm.feedback.table.norm(dim=1) > 0).all(), "it was made of targets"
     example = GeneratedDataset("vsp-planning", (3,), 1, 9, style, "test")[0]
     (row,) = vlm.generate([example], max_new_tokens=8)

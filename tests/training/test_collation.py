@@ -9,7 +9,7 @@ from support import batch_of, dialogue, picture, ragged, span
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.training.data import BucketSampler, Collator, Examples, open_source
+from mirage_vlm.training.data import BucketSampler, Collator, Examples, Kept, open_source
 from mirage_vlm.training.recipe import DataRecipe
 
 # -- collation -------------------------------------------------------------------------------------------------------
@@ -54,6 +54,30 @@ def test_what_is_absent_leaves_no_key(tiny):
     assert Collator(tiny.encoder, targets=True)([text, thinking]).keys() == always | helpers
     assert Collator(tiny.encoder, targets=False)([text, thinking]).keys() == always
     assert batch_of(tiny, [text]).pixel_values is None
+
+
+def test_examples_are_made_once_while_there_is_room(tiny):
+    trajectories = ragged()
+    made = []
+
+    class Counting(Examples):
+        def __getitem__(self, index):
+            made.append(index)
+            return super().__getitem__(index)
+
+    collator = Collator(tiny.encoder, targets=True, keys=True)
+    expected = collator(trajectories)
+    sizes = [tiny.encoder.example(t).nbytes for t in trajectories]
+    kept = Kept(Counting([trajectories]), tiny.encoder, True, room=sum(sizes[:-1]))
+    for _ in range(3):
+        batch = collator([kept[i] for i in range(len(kept))])
+        assert batch.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(batch[name], value) if isinstance(value, torch.Tensor) else batch[name] == value
+    last = len(trajectories) - 1
+    assert made == [*range(last), last, last, last], "the last did not fit"
+    parts = (expected["input_ids"], expected["pixel_values"], expected["helper_pixel_values"])
+    assert sum(sizes) >= sum(part.nbytes for part in parts[1:])
 
 
 def test_one_row_is_not_padded(tiny):

@@ -56,7 +56,7 @@ def slow(vlm: LatentVLM, row: Batch, kind: str, given: list[torch.Tensor | None]
 def test_stage_1(tiny, kind):
     batch = batch_of(tiny, ragged())
     found = stage1(tiny, batch, visibility=kind)
-    targets, ce = list(targets_of(tiny, batch)), 0.0
+    targets, ce = list(targets_of(tiny, batch).pooled), 0.0
     for i, row in enumerate(split(tiny, batch)):
         count = int((row.input_ids == tiny.config.pad_id).sum())
         own, targets = targets[:count], targets[count:]
@@ -102,7 +102,7 @@ def test_eviction_in_training_is_that_of_decoding(tiny):
 @pytest.mark.parametrize("iterations", [0, 9])
 def test_some_latents_can_be_given(tiny, iterations):
     batch = batch_of(tiny, ragged())
-    targets = targets_of(tiny, batch)
+    targets = targets_of(tiny, batch).pooled
     taken = torch.rand(len(targets), generator=torch.Generator().manual_seed(0)) < 0.5
     assert taken.any() and not taken.all()
     hidden, latents = forward_own(tiny, batch, iterations, given=(targets, taken))
@@ -120,7 +120,7 @@ def test_some_latents_can_be_given(tiny, iterations):
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_given_latents_stand_in_every_pass(tiny, iterations):
     batch = batch_of(tiny, ragged())
-    targets = targets_of(tiny, batch)
+    targets = targets_of(tiny, batch).pooled
     _, latents = forward_own(tiny, batch, iterations, given=(targets, torch.ones(len(targets), dtype=torch.bool)))
     assert torch.equal(latents, targets)
 

@@ -34,7 +34,7 @@ def decode_one(vlm: LatentVLM, prompt: Trajectory, new_tokens: int, max_spans: i
     embeds = vlm.embed_prompt(ids, None if pictures is None else pictures.pixel_values.to(device), grid)
     positions = vlm.positions(ids, torch.ones_like(ids), grid)  # [3, 1, T]
     following = int(positions.max()) + 1
-    patches = vlm.patches_of(ids, embeds)
+    patches = vlm.patches_of(ids, embeds, grid)
     cache = DynamicCache(config=vlm.language_model.config)
     never = [latent.pad_id, latent.end_id, vlm.family.image_token_id]  # cannot be said as words
     stops = vlm.stop_ids()
@@ -85,7 +85,7 @@ def stage2_one(vlm: LatentVLM, row: Batch) -> torch.Tensor:
             inputs_embeds=embeds[:, :end], position_ids=positions[:, :, :end], use_cache=False
         ).last_hidden_state
 
-    patches = vlm.patches_of(ids, embeds)
+    patches = vlm.patches_of(ids, embeds, row.grid_thw)
     for t in (ids[0] == vlm.config.pad_id).nonzero().flatten().tolist():
         latent = vlm.recast(ids[:, t], read(t)[:, -1], patches)
         embeds = torch.cat([embeds[:, :t], latent.unsqueeze(1), embeds[:, t + 1 :]], dim=1)

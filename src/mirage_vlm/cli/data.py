@@ -24,6 +24,8 @@ class Style(StrEnum):
     COT = "cot"
     PLAIN = "plain"
     CELLS = "cells"
+    WAVES = "waves"
+    WAVE_WORDS = "wave-words"
     STEPS = "steps"
     WORDS = "words"
     SHOWN = "shown"

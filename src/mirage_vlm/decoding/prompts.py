@@ -12,7 +12,6 @@ import torch
 from mirage_vlm.decoding.blocks import Prefill, run_paged
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.modeling.encoding import Pictures
-from mirage_vlm.modeling.features import picture_keys
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -115,16 +114,16 @@ class Reader:
         newest = hidden[torch.arange(len(prompts)), lengths - 1]
         following = (positions.amax(dim=0).masked_fill(mask == 0, 0).amax(dim=1) + 1).tolist()
         for prompt, state, position, own in zip(prompts, newest, following, features, strict=True):
+            if vlm.feedback.reads_patches and prompt.pictures is not None:
+                prompt.patches = vlm.placed(torch.cat(own).to(embeds), prompt.pictures.grid_thw)
             prompt.hidden, prompt.position, prompt.pictures = state, position, None
-            if vlm.feedback.reads_patches and own:
-                prompt.patches = torch.cat(own).to(embeds)
 
     def _features(self, prompts: Sequence[Prompt]) -> list[list[torch.Tensor]]:
         """Features of each prompt's pictures; every picture that is not known goes through one vision pass."""
         names: list[tuple[str, ...]] = []
         fresh: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for pictures in (prompt.pictures for prompt in prompts):
-            names.append(() if pictures is None else picture_keys(pictures.pixel_values, pictures.grid_thw))
+            names.append(() if pictures is None else pictures.keys)
             if pictures is not None:
                 pixels = pictures.pixel_values.split(pictures.grid_thw.prod(dim=1).tolist())
                 each = zip(names[-1], zip(pixels, pictures.grid_thw, strict=True), strict=True)

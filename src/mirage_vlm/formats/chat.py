@@ -122,9 +122,7 @@ def _segments(content: Any, base: Path | None) -> Iterator[Segment]:
             yield LatentSpan(
                 helper=None if helper is None else read_picture(helper, base),
                 k=part.get("k"),
-                regions=None
-                if regions is None
-                else tuple((left, top, right, down) for left, top, right, down in regions),
+                regions=None if regions is None else tuple(map(tuple, regions)),
                 latents=None if packed is None else _unpack(packed),
             )
         else:

@@ -152,9 +152,17 @@ def _regions_fault(regions: Any) -> str | None:
         return f"must be a list of boxes, one for each latent, not {shown(regions)}"
     for i, box in enumerate(regions):
         numbers = isinstance(box, list) and all(isinstance(x, int | float) and type(x) is not bool for x in box)
-        if not numbers or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            return f"[{i}] must be [left, top, right, bottom] with 0 ≤ left < right ≤ 1 and so down, not {shown(box)}"
+        if not numbers or not box or len(box) % 4 or not all(map(_is_box, zip(*[iter(box)] * 4, strict=True))):
+            return (
+                f"[{i}] must be [left, top, right, bottom] with 0 ≤ left < right ≤ 1 and so down, or several such "
+                f"fours in one list, not {shown(box)}"
+            )
     return None
+
+
+def _is_box(box: tuple[float, ...]) -> bool:
+    left, top, right, bottom = box
+    return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
 
 
 def _latents_fault(packed: Any) -> str | None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL.Image import Resampling
+from torch.nn.utils.rnn import pad_sequence
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LATENT_TOKENS, LatentConfig
 from mirage_vlm.modeling.family import QwenVL
+from mirage_vlm.modeling.features import picture_keys
 from mirage_vlm.modeling.pooling import span_length
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
@@ -28,6 +31,11 @@ class Pictures:
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Their names by content; see `picture_keys`."""
+        return picture_keys(self.pixel_values, self.grid_thw)
 
     @staticmethod
     def join(parts: Sequence[Pictures | None]) -> Pictures | None:
@@ -47,7 +55,8 @@ class Encoded:
         labels: [T], −100 = no loss.
         images: its pictures.
         helpers: the picture that each span's targets are taken from.
-        regions: [latents, 4] the box of each latent, NaN where its span has none; None where no span has.
+        regions: [latents, 4 · most boxes of a latent] the boxes of each latent, NaN for those that are not there; None
+            where no span has any.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +64,13 @@ class Encoded:
     images: Pictures | None
     helpers: Pictures | None
     regions: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        pictures = [p for p in (self.images, self.helpers) if p is not None]
+        tensors = [self.input_ids, self.labels, *(p.pixel_values for p in pictures)]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -231,11 +247,11 @@ def render_response(segments: Sequence[Segment], lengths: Sequence[int]) -> str:
 
 
 def boxes(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor | None:
-    """[latents, 4] boxes of all latents, NaN where a span has none; None where none has."""
+    """[latents, 4 · most of a latent] boxes of all latents, NaN for those not there; None where no span has any."""
     if all(span.regions is None for span in spans):
         return None
-    whole = (torch.nan,) * 4
-    return torch.tensor([b for s, k in zip(spans, lengths, strict=True) for b in s.regions or [whole] * k])
+    each = [torch.tensor(b) for s, k in zip(spans, lengths, strict=True) for b in s.regions or [(torch.nan,) * 4] * k]
+    return pad_sequence(each, batch_first=True, padding_value=torch.nan)
 
 
 def _template_part(segment: Segment) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.pooling import Targets
 
 ROUNDS = 25  # of k-means
 MASKED = -1e30  # finite, so that a row without pictures has no NaN
@@ -58,17 +59,34 @@ class Feedback(nn.Module):
         """Whether it needs no `fit`, or has had it."""
         return True
 
-    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
-        """[n, D] targets → [n, D] what stands in the place of latents when targets are given."""
-        return targets
+    def consumed(self, targets: Targets) -> torch.Tensor:
+        """Targets of n latents → [n, D] what stands in the place of latents when targets are given."""
+        return targets.pooled
 
     def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         """[n, D] hidden states → [n, C] logits of what it chooses from, where it does choose."""
         raise NotImplementedError
 
-    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
-        """[n, D] targets → [n] the nearest of what it chooses from."""
+    def labels(self, parts: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        """[m, D] parts of targets, and the patches of their m rows → [m] the nearest of what it chooses from."""
         raise NotImplementedError
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """[..., C] logits → [..., C] how much of each is taken; a feedback that chooses calls it."""
+        return scores.softmax(dim=-1)
+
+
+class One(Feedback):
+    """To be put before a feedback that chooses: it takes the best alone, with the gradient of the mixture.
+
+    Straight-through estimation (arXiv 1308.3432). Where targets were given in training, a mixture is nothing that the
+    model has seen; the one entry is.
+    """
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        soft = super().choose(scores)
+        hard = F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(soft)
+        return hard + soft - soft.detach() if soft.requires_grad else hard
 
 
 class Identity(Feedback):
@@ -129,7 +147,7 @@ class Codebook(Feedback):
         self.register_buffer("table", torch.zeros(codes, width))
 
     def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
-        return self.head(hidden).softmax(dim=-1) @ self.table
+        return self.choose(self.head(hidden)) @ self.table
 
     def fit(self, targets: torch.Tensor) -> None:
         """k-means++ (Arthur and Vassilvitskii 2007), the same table for the same targets.
@@ -158,14 +176,14 @@ class Codebook(Feedback):
     def fitted(self) -> bool:
         return bool(self.table.any())
 
-    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
-        return self.table[self.labels(targets)].to(targets.dtype)
+    def consumed(self, targets: Targets) -> torch.Tensor:
+        return targets.mean(self.table[self.labels(targets.parts)].to(targets.parts.dtype))
 
     def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.head(hidden)
 
-    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
-        return torch.cdist(targets.float(), self.table.float()).argmin(dim=1)
+    def labels(self, parts: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+        return torch.cdist(parts.float(), self.table.float()).argmin(dim=1)
 
 
 def _far_apart(targets: torch.Tensor, count: int) -> torch.Tensor:
@@ -196,7 +214,7 @@ class Pointer(Feedback):
 
     def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         assert patches is not None
-        return torch.einsum("b...n,bnd->b...d", self.scores(hidden, patches).softmax(dim=-1), patches.features)
+        return torch.einsum("b...n,bnd->b...d", self.choose(self.scores(hidden, patches)), patches.features)
 
     def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         assert patches is not None
@@ -204,10 +222,18 @@ class Pointer(Feedback):
         there = patches.there.view(len(found), *[1] * (found.ndim - 2), -1)
         return (found / hidden.shape[-1] ** 0.5).masked_fill(~there, MASKED)
 
-    def labels(self, targets: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
+    def labels(self, parts: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         assert patches is not None
-        apart = (patches.features - targets.unsqueeze(1)).norm(dim=-1)  # [n, N]
+        apart = (patches.features - parts.unsqueeze(1)).norm(dim=-1)  # [n, N]
         return apart.masked_fill(~patches.there, torch.inf).argmin(dim=1)
+
+
+class OneCode(One, Codebook):
+    """The best entry of a table of picture features: latents that are discrete visual tokens."""
+
+
+class OnePatch(One, Pointer):
+    """The best patch of the prompt's own pictures, as it is."""
 
 
 class Pause(Feedback):
@@ -228,8 +254,8 @@ class Pause(Feedback):
     def fitted(self) -> bool:
         return bool(self.vector.any())
 
-    def consumed(self, targets: torch.Tensor) -> torch.Tensor:
-        return self.vector.expand_as(targets)
+    def consumed(self, targets: Targets) -> torch.Tensor:
+        return self.vector.expand_as(targets.pooled)
 
 
 FEEDBACKS: dict[str, type[Feedback]] = {
@@ -237,7 +263,9 @@ FEEDBACKS: dict[str, type[Feedback]] = {
     "linear": Linear,
     "rescaled": Rescaled,
     "codebook": Codebook,
+    "codebook-one": OneCode,
     "pointer": Pointer,
+    "pointer-one": OnePatch,
     "pause": Pause,
 }
 

@@ -15,7 +15,7 @@ from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Patches, build_feedback
-from mirage_vlm.modeling.pooling import check_pooling, place_code, pool, region_averages
+from mirage_vlm.modeling.pooling import Targets, check_pooling, patch_boxes, pool, region_averages, with_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ class LatentVLM(Pretrained):
         detach: bool = True,
         keys: Sequence[str] | None = None,
         regions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Targets:
         """The targets of latent spans: each helper image through the vision tower, then pooled.
 
         Args:
@@ -88,10 +88,11 @@ class LatentVLM(Pretrained):
             lengths: k of each span.
             detach: keep gradients out of the vision tower.
             keys: as for `image_features`.
-            regions: [sum of k, 4] the box of each latent that has one of its own, NaN for the others; None = no boxes.
+            regions: [sum of k, 4 · m] the boxes of each latent that has its own, at most m, NaN for those that are not
+                there; None = no boxes.
 
         Returns:
-            [sum of k, D] in span order.
+            Targets of all latents in span order, with a part for each box.
         """
         whole: list[torch.Tensor | None] = [None] * len(lengths)
         boxes = whole if regions is None else regions.split(list(lengths))
@@ -100,15 +101,17 @@ class LatentVLM(Pretrained):
             pooled = []
             for patches, grid, k, own in zip(features, grid_thw, lengths, boxes, strict=True):
                 shape = self.family.merged_grid(grid)
-                if own is None or bool(own[0].isnan().any()):
-                    pooled.append(pool(patches, shape, k, self.config.pooling))
-                else:
-                    shown = region_averages(patches, shape, own)
-                    if self.config.places:
-                        code = place_code(own, self.width).to(shown)
-                        shown = shown + code * shown.detach().norm(dim=1, keepdim=True)
-                    pooled.append(shown)
-            return torch.cat(pooled)
+                if own is None or bool(own[0].isnan().all()):
+                    whole_pooled = pool(patches, shape, k, self.config.pooling)
+                    pooled.append(Targets(whole_pooled, torch.arange(k, device=patches.device)))
+                    continue
+                several = own.view(k, -1, 4)
+                there = ~several[..., 0].isnan()  # [k, m]
+                shown = region_averages(patches, shape, several[there])
+                if self.config.places:
+                    shown = with_places(shown, several[there])
+                pooled.append(Targets(shown, there.nonzero()[:, 0].to(patches.device)))
+            return Targets.join(pooled)
 
     # -- the pieces of a forward pass --------------------------------------------------------------------------
 
@@ -157,16 +160,33 @@ class LatentVLM(Pretrained):
         places = (input_ids == self.family.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(places, torch.cat(list(features)).to(embeds.dtype))
 
-    def patches_of(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> Patches | None:
-        """The patches in [B, T, D] embeddings with pictures in place; None where the feedback does not read them."""
+    def patches_of(
+        self, input_ids: torch.Tensor, embeds: torch.Tensor, grid_thw: torch.Tensor | None
+    ) -> Patches | None:
+        """What a feedback that reads patches may choose from; None for one that does not.
+
+        Args:
+            input_ids: [B, T].
+            embeds: [B, T, D] with pictures in place.
+            grid_thw: [pictures of all rows, 3].
+        """
         if not self.feedback.reads_patches:
             return None
         places = input_ids == self.family.image_token_id
+        if grid_thw is not None:
+            embeds = embeds.masked_scatter(places.unsqueeze(-1), self.placed(embeds[places], grid_thw))
         most = int(places.sum(dim=1).max())
         first = (~places).int().argsort(dim=1, stable=True)[:, :most]  # pictures before everything else
         there = places.gather(1, first)
         features = embeds.gather(1, first.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
         return Patches(features * there.unsqueeze(-1), there)
+
+    def placed(self, features: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """[n, D] features of whole pictures as latents have them: with `places`, they say where they lie."""
+        if not self.config.places:
+            return features
+        boxes = torch.cat([patch_boxes(self.family.merged_grid(grid)) for grid in grid_thw])
+        return with_places(features, boxes)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] last hidden states → [..., V] logits."""

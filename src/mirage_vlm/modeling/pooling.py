@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,39 @@ def region_averages(features: torch.Tensor, grid: tuple[int, int], boxes: torch.
     return weights @ features / weights.sum(dim=1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Targets of n latents. The target of one is the mean of its parts; most have a single part.
+
+    Attributes:
+        parts: [m, D].
+        owner: [m] the latent that each is a part of, in ascending order, from 0 to n − 1.
+    """
+
+    parts: torch.Tensor
+    owner: torch.Tensor
+
+    @property
+    def pooled(self) -> torch.Tensor:
+        """[n, D] the targets themselves."""
+        return self.mean(self.parts)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """[m, ...] values of parts → [n, ...] their means."""
+        counts = torch.bincount(self.owner)
+        if len(counts) == len(values):
+            return values
+        sums = values.new_zeros(len(counts), *values.shape[1:]).index_add(0, self.owner, values)
+        return sums / counts.view(-1, *[1] * (values.ndim - 1))
+
+    @staticmethod
+    def join(several: Sequence[Targets]) -> Targets:
+        """Those of several spans in one."""
+        before = itertools.accumulate([int(t.owner[-1]) + 1 for t in several], initial=0)
+        owners = [t.owner + first for t, first in zip(several, before, strict=False)]
+        return Targets(torch.cat([t.parts for t in several]), torch.cat(owners))
+
+
 def place_code(boxes: torch.Tensor, width: int) -> torch.Tensor:
     """Where regions lie, as vectors of length 1: sines and cosines of their centres, half of them for each direction.
 
@@ -86,6 +121,23 @@ def place_code(boxes: torch.Tensor, width: int) -> torch.Tensor:
     angles = centres.unsqueeze(2) * waves  # [k, 2, count]
     code = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
     return F.normalize(code, dim=1)
+
+
+def with_places(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """[n, D] features of regions and their [n, 4] boxes → [n, D] features that also say where, in equal parts."""
+    code = place_code(boxes, features.shape[1]).to(features)
+    return features + code * features.detach().norm(dim=1, keepdim=True)
+
+
+def patch_boxes(grid: tuple[int, int]) -> torch.Tensor:
+    """[h · w, 4] the box of each patch of a picture, as for `region_averages`."""
+    height, width = grid
+    across = torch.arange(width + 1) / width
+    down = torch.arange(height + 1) / height
+    boxes = torch.empty(height, width, 4)
+    boxes[..., 0], boxes[..., 2] = across[:-1], across[1:]
+    boxes[..., 1], boxes[..., 3] = down[:-1, None], down[1:, None]
+    return boxes.flatten(0, 1)
 
 
 POOLINGS: dict[str, Pooling] = {

@@ -185,6 +185,22 @@ def search_waves(maze: Maze) -> tuple[tuple[Cell, ...], ...]:
     return tuple(waves)
 
 
+def distance_waves(maze: Maze) -> tuple[tuple[Cell, ...], ...]:
+    """All cells at distance 1, 2, … from the goal, row by row, up to the distance of the start.
+
+    Where no way leads there, all that can be reached.
+    """
+    seen, wave = {maze.goal}, {maze.goal}
+    waves: list[tuple[Cell, ...]] = []
+    while wave and maze.start not in wave:
+        nearby = {maze.step(cell, move) for cell in wave for move in MOVES} - seen
+        wave = {cell for cell in nearby if maze[cell] != "H"}
+        seen |= wave
+        if wave:
+            waves.append(tuple(sorted(wave)))
+    return tuple(waves)
+
+
 def moves_of(path: Sequence[Cell]) -> str:
     """The moves (`UUR`) that lead along a path of neighbouring cells."""
     letter_of = {offset: letter for letter, offset in MOVES.items()}

@@ -17,6 +17,7 @@ from mirage_vlm.tasks.frozenlake import (
     Maze,
     box_of,
     cell_name,
+    distance_waves,
     generate_maze,
     moves_of,
     narrate,
@@ -40,6 +41,7 @@ from mirage_vlm.trajectory import (
 
 STEP_BY_STEP = " Think step by step."
 STYLES = ("direct", "cot", "plain", "cells", "steps", "words", "shown")
+WAVES = ("waves", "wave-words")  # of planning alone
 PLANNING_QUESTION = (
     "Find the fewest moves that bring the elf to the gift without entering a hole. "
     r"Answer with moves L, R, U, D in \boxed{}."
@@ -62,7 +64,7 @@ class Planning(Task):
     r"""`vsp-planning`: a fewest-moves plan in `\boxed{}`; the helper image has that path in red."""
 
     name = "vsp-planning"
-    styles = STYLES
+    styles = STYLES + WAVES
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
@@ -97,12 +99,23 @@ class Planning(Task):
         return Trajectory(
             messages=(
                 *self.prompt(Image(partial(draw_maze, maze, cell)), style, helper=helper),
-                assistant_turn(*_response(helper, way, style, before, after, answer)),
+                assistant_turn(*self._response(helper, way, style, before, after, answer)),
             ),
             task=self.name,
             answer=answer,
             meta={"map": list(maze.rows), "level": maze.size, "style": style, **meta},
         )
+
+    @staticmethod
+    def _response(helper: Image, way: _Way, style: str, before: str, after: str, answer: str) -> tuple[Segment, ...]:
+        if style not in WAVES:
+            return _response(helper, way, style, before, after, answer)
+        box = Text(rf"\boxed{{{answer}}}")
+        waves = distance_waves(way.maze)
+        if style == "wave-words":
+            return (Text(f"<think> {'; '.join(' '.join(map(cell_name, wave)) for wave in waves)}</think>{box.text}"),)
+        regions = tuple(tuple(x for cell in wave for x in box_of(cell, way.maze.size)) for wave in waves)
+        return LatentSpan(Image(partial(draw_maze, way.maze, way.size)), regions=regions), box
 
     def score(self, trajectory: Trajectory) -> Score:
         """Right is what the paper counts as success: no hole entered, and the last cell is the gift's."""

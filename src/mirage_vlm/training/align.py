@@ -16,6 +16,7 @@ from mirage_vlm.modeling.feedback import Feedback
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.feedback import Patches
+    from mirage_vlm.modeling.pooling import Targets
 
 TEMPERATURE = 0.07  # of the contrastive loss
 SAME = 0.999  # targets of at least this cosine are one
@@ -40,9 +41,9 @@ class Alignment(nn.Module):
         """
 
     def forward(
-        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+        self, feedback: Feedback, predicting: torch.Tensor, targets: Targets, patches: Patches | None = None
     ) -> torch.Tensor:
-        """[n, D] states, [n, D] targets, and for a feedback that reads them the patches of n rows → [n] in float32."""
+        """[n, D] states, their targets, and for a feedback that reads them the patches of n rows → [n] in float32."""
         raise NotImplementedError
 
 
@@ -50,9 +51,9 @@ class Cosine(Alignment):
     """1 − cosine between a target and what is fed back for it, as in Mirage (arXiv 2506.17218)."""
 
     def forward(
-        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+        self, feedback: Feedback, predicting: torch.Tensor, targets: Targets, patches: Patches | None = None
     ) -> torch.Tensor:
-        return 1 - F.cosine_similarity(feedback(predicting, patches).float(), targets.float(), dim=-1)
+        return 1 - F.cosine_similarity(feedback(predicting, patches).float(), targets.pooled.float(), dim=-1)
 
 
 class WhitenedError(Alignment):
@@ -83,11 +84,11 @@ class WhitenedError(Alignment):
         return len(self.mean) > 0
 
     def forward(
-        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+        self, feedback: Feedback, predicting: torch.Tensor, targets: Targets, patches: Patches | None = None
     ) -> torch.Tensor:
         if not self.fitted:
             raise RuntimeError("fit it to targets first")
-        found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting, patches), targets))
+        found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting, patches), targets.pooled))
         return (found - wanted).square().mean(dim=-1)
 
 
@@ -98,9 +99,9 @@ class Contrastive(Alignment):
     """
 
     def forward(
-        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+        self, feedback: Feedback, predicting: torch.Tensor, targets: Targets, patches: Patches | None = None
     ) -> torch.Tensor:
-        found, wanted = (F.normalize(x.float(), dim=-1) for x in (feedback(predicting, patches), targets))
+        found, wanted = (F.normalize(x.float(), dim=-1) for x in (feedback(predicting, patches), targets.pooled))
         own = torch.eye(len(wanted), dtype=torch.bool, device=wanted.device)
         twins = (wanted @ wanted.T > SAME) & ~own
         logits = (found @ wanted.T / TEMPERATURE).masked_fill(twins, -torch.inf)
@@ -108,17 +109,22 @@ class Contrastive(Alignment):
 
 
 class Code(Alignment):
-    """Cross-entropy on that of a table's entries, or of the prompt's patches, which is nearest to the target."""
+    """Cross-entropy on that of a table's entries, or of the prompt's patches, which is nearest to the target.
+
+    Where a target has several parts, each has an equal share in the distribution that is asked for.
+    """
 
     def check(self, feedback: Feedback) -> None:
         if type(feedback).scores is Feedback.scores:
             raise MirageError("loss.alignment: code needs a feedback that chooses, such as codebook or pointer")
 
     def forward(
-        self, feedback: Feedback, predicting: torch.Tensor, targets: torch.Tensor, patches: Patches | None = None
+        self, feedback: Feedback, predicting: torch.Tensor, targets: Targets, patches: Patches | None = None
     ) -> torch.Tensor:
-        scores = feedback.scores(predicting, patches).float()
-        return F.cross_entropy(scores, feedback.labels(targets, patches), reduction="none")
+        chances = feedback.scores(predicting, patches).float().log_softmax(dim=-1)  # [n, C]
+        owner = targets.owner
+        wanted = feedback.labels(targets.parts, None if patches is None else patches.pick(owner))
+        return -targets.mean(chances[owner].gather(1, wanted.unsqueeze(1)).squeeze(1))
 
 
 ALIGNMENTS: dict[str, type[Alignment]] = {

@@ -18,7 +18,6 @@ from torch.utils.data import Dataset, Sampler
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling.encoding import IGNORED, Encoded, Encoder, Pictures
-from mirage_vlm.modeling.features import picture_keys
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.packing import arrange
 from mirage_vlm.trajectory import Trajectory
@@ -53,6 +52,38 @@ class Examples(Dataset[Trajectory]):
         """The source that an example is of, and its number there."""
         which = bisect.bisect_right(self.ends, index)
         return self.sources[which], index - (self.ends[which - 1] if which else 0)
+
+
+class Kept(Dataset[Encoded]):
+    """Examples as tensors, each made once and kept in main memory as long as there is room.
+
+    Most of what a small model waits for is pictures being drawn, resized and hashed anew in each epoch.
+
+    Args:
+        examples: what is kept.
+        encoder, targets: as for `Collator`.
+        room: bytes, of each process that prepares batches. What does not fit is made anew each time.
+    """
+
+    def __init__(self, examples: Examples, encoder: Encoder, targets: bool, room: float):
+        self.examples, self.encoder, self.targets, self.room = examples, encoder, targets, room
+        self.made: dict[int, Encoded] = {}
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.examples.sizes
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Encoded:
+        if (kept := self.made.get(index)) is not None:
+            return kept
+        example = self.encoder.example(self.examples[index], targets=self.targets)
+        if example.nbytes <= self.room:
+            self.room -= example.nbytes
+            self.made[index] = example
+        return example
 
 
 class Sizes:
@@ -172,7 +203,7 @@ def in_one_line() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Trajectories → the tensors of `mirage_vlm.training.rollout.Batch`, right-padded.
+    """Trajectories, or examples as tensors → what `mirage_vlm.training.rollout.Batch` takes, right-padded.
 
     Attributes:
         encoder: of the checkpoint.
@@ -186,20 +217,17 @@ class Collator:
     pack: int = 0
     keys: bool = False
 
-    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-        batch = collate([self.encoder.example(t, targets=self.targets) for t in trajectories], self.encoder, self.pack)
-        if self.keys:
-            for kind, name in (("", "picture_keys"), ("helper_", "helper_keys")):
-                if kind + "pixel_values" in batch:
-                    batch[name] = picture_keys(batch[kind + "pixel_values"], batch[kind + "grid_thw"])
-        return batch
+    def __call__(self, examples: Sequence[Trajectory | Encoded]) -> dict[str, Any]:
+        made = [e if isinstance(e, Encoded) else self.encoder.example(e, targets=self.targets) for e in examples]
+        return collate(made, self.encoder, self.pack, self.keys)
 
 
-def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0) -> dict[str, Any]:
+def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0, keys: bool = False) -> dict[str, Any]:
     """Pad rows on the right and join the pictures of all rows; absent pictures leave their keys out.
 
     Args:
         pack: put several examples into a row, up to so many tokens, and say in `segments` which is where.
+        keys: name the pictures.
     """
     lengths = [len(example.input_ids) for example in examples]
     order = arrange(lengths, pack) if pack else [[i] for i in range(len(examples))]
@@ -220,16 +248,23 @@ def collate(examples: Sequence[Encoded], encoder: Encoder, pack: int = 0) -> dic
         number = {i: place for row in order for place, i in enumerate(row, start=1)}
         batch["segments"] = rows([torch.full_like(e.input_ids, number[i]) for i, e in enumerate(examples)], 0)
     ordered = [examples[i] for row in order for i in row]
-    if (images := Pictures.join([e.images for e in ordered])) is not None:
-        batch |= {"pixel_values": images.pixel_values, "grid_thw": images.grid_thw}
-    if (helpers := Pictures.join([e.helpers for e in ordered])) is not None:
-        batch |= {"helper_pixel_values": helpers.pixel_values, "helper_grid_thw": helpers.grid_thw}
+    for pictures, kind, name in (
+        ([e.images for e in ordered], "", "picture_keys"),
+        ([e.helpers for e in ordered], "helper_", "helper_keys"),
+    ):
+        if (joined := Pictures.join(pictures)) is not None:
+            batch |= {kind + "pixel_values": joined.pixel_values, kind + "grid_thw": joined.grid_thw}
+            if keys:
+                batch[name] = tuple(key for each in pictures if each is not None for key in each.keys)
     if any(e.regions is not None for e in ordered):
         pads = encoder.config.pad_id
         latents = [int((e.input_ids == pads).sum()) for e in ordered]
-        whole = [
+        each = [
             torch.full((n, 4), torch.nan) if e.regions is None else e.regions
             for e, n in zip(ordered, latents, strict=True)
         ]
-        batch["helper_regions"] = torch.cat(whole)
+        most = max(boxes.shape[1] for boxes in each)
+        batch["helper_regions"] = torch.cat(
+            [torch.nn.functional.pad(boxes, (0, most - boxes.shape[1]), value=torch.nan) for boxes in each]
+        )
     return batch

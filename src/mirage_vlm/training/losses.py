@@ -19,6 +19,7 @@ from mirage_vlm.training.rollout import Batch, forward_given, span_runs
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
+    from mirage_vlm.modeling.pooling import Targets
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def stage1(
     return _token_loss(vlm, batch, hidden, _align(vlm, batch, hidden, targets, alignment), consumed)
 
 
-def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> torch.Tensor | None:
-    """[latents, D] the targets of a batch's latents, in row order; None where it was collated without."""
+def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> Targets | None:
+    """The targets of a batch's latents, in row order; None where it was collated without."""
     if batch.helper_pixel_values is None or batch.helper_grid_thw is None:
         return None
     lengths = [end - start for row in span_runs(batch.input_ids, vlm.config.pad_id) for start, end in row]
@@ -93,14 +94,14 @@ def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> torch.Tenso
 
 
 def _align(
-    vlm: LatentVLM, batch: Batch, hidden: torch.Tensor, targets: torch.Tensor, alignment: Alignment | None
+    vlm: LatentVLM, batch: Batch, hidden: torch.Tensor, targets: Targets, alignment: Alignment | None
 ) -> torch.Tensor:
     """Scalar, the alignment summed over the latents: the state at t − 1 predicts the latent at t."""
     latent = batch.input_ids[:, 1:] == vlm.config.pad_id
     patches = None
     if vlm.feedback.reads_patches:
         embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
-        found = vlm.patches_of(batch.input_ids, embeds)
+        found = vlm.patches_of(batch.input_ids, embeds, batch.grid_thw)
         patches = None if found is None else found.pick(latent.nonzero()[:, 0])
     chosen = Cosine() if alignment is None else alignment
     return chosen(vlm.feedback, hidden[:, :-1][latent], targets, patches).sum()
@@ -133,7 +134,8 @@ def stage2(
     if own_share < 1 and bool((batch.input_ids == vlm.config.pad_id).any()):
         if targets is None:
             raise ValueError("targets can stand in the place of latents only with helper images; collate with targets")
-        given = vlm.feedback.consumed(targets), torch.rand(len(targets), device=targets.device) >= own_share
+        stand_in = vlm.feedback.consumed(targets)
+        given = stand_in, torch.rand(len(stand_in), device=stand_in.device) >= own_share
     hidden, latents = forward_own(vlm, batch, latent_iterations, visibility=visibility, given=given)
     align = None if targets is None else _align(vlm, batch, hidden, targets, alignment)
     return _token_loss(vlm, batch, hidden, align, latents if len(latents) else None)

@@ -150,7 +150,7 @@ class _Roll:
         embeds = vlm.embed_prompt(ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
         self.texts = _take(embeds, at).split([stretch.width for stretch in cut], dim=1)  # [B, width, D] each
         self.recast = vlm.recast
-        if (patches := vlm.patches_of(ids, embeds)) is not None:
+        if (patches := vlm.patches_of(ids, embeds, batch.grid_thw)) is not None:
             self.recast = partial(vlm.recast, patches=patches)
         self.newest = embeds.new_zeros(len(embeds), embeds.shape[-1])  # [B, D]
         self.given: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -123,6 +123,8 @@ class TrainRecipe:
             are given their targets.
         latent_iterations: passes over all latents of a span at once (`stage2`); 0 = one latent after the other.
         feature_cache: a folder that keeps the features of a frozen vision tower, None = compute them each time.
+        keep_examples: GiB of main memory for examples that are ready to be read, of each process that prepares batches;
+            worth it where there are more epochs than one. 0 = they are made anew each time.
         workers: processes that prepare batches.
         save_every: steps between checkpoints; `keep` of them are kept.
         report_to: the Trainer's loggers (`tensorboard`, `wandb`, …).
@@ -147,6 +149,7 @@ class TrainRecipe:
     own_share: tuple[float, ...] = (1.0, 1.0)
     latent_iterations: int = 0
     feature_cache: str | None = None
+    keep_examples: float = 0.0
     workers: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -236,6 +239,7 @@ def check(recipe: Recipe, where: Where) -> None:
         require(getattr(train, name) > 0, f"train.{name}", "must be positive")
     require(train.learning_rate > 0, "train.learning_rate", "must be positive")
     require(train.pack >= 0, "train.pack", "must be 0 (off) or the most tokens of a row")
+    require(train.keep_examples >= 0, "train.keep_examples", "must be 0 (none) or GiB")
     require(train.workers >= 0, "train.workers", "must be 0 or more")
     require(train.latent_iterations >= 0, "train.latent_iterations", "must be 0 (one latent after the other) or more")
     require(

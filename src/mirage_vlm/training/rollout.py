@@ -24,7 +24,7 @@ class Batch:
         labels: [B, T], −100 = no loss.
         pixel_values, grid_thw: the prompt's pictures of all rows, in row order; None where there are none.
         helper_pixel_values, helper_grid_thw: the helper images of all spans, in row order.
-        helper_regions: [latents, 4] the box of each latent, as for `LatentVLM.targets`; None where no span has any.
+        helper_regions: [latents, 4 · m] the boxes of each latent, as for `LatentVLM.targets`, or None.
         segments: [B, T], 1, 2, … in a packed row's first, second, … example, 0 in padding; None where each row is one
             example.
         picture_keys, helper_keys: names of the pictures and helper images by content, for a feature store; None where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Feedback
 from mirage_vlm.modeling.latent_vlm import LatentVLM
+from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
-from mirage_vlm.training.data import Collator, Examples, check_spans, has_spans, in_one_line, open_source
+from mirage_vlm.training.data import Collator, Examples, Kept, check_spans, has_spans, in_one_line, open_source
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.rollout import Batch
@@ -31,7 +33,7 @@ from mirage_vlm.trajectory import Text
 
 FINAL = "final"
 TOKENIZER_SAMPLE = 4000
-FIT_TARGETS, FIT_BATCH = 16_000, 64  # targets that statistics are made of; examples that are looked at together
+FIT_TARGETS, FIT_BATCH = 16_000, 64  # parts of targets that statistics are made of; examples looked at together
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -70,12 +72,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     # of these a process without pictures, or without spans, makes no gradient
     sometimes = [*vlm.vision_tower.parameters(), *vlm.feedback.parameters()]
     arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
+    kept = Kept(examples, vlm.encoder, recipe.needs_targets, recipe.train.keep_examples * 2**30)
     trainer = LatentTrainer(
         vlm,
         recipe,
         arguments,
         alignment,
-        train_dataset=examples,
+        train_dataset=kept if recipe.train.keep_examples else examples,
         data_collator=Collator(
             vlm.encoder,
             targets=recipe.needs_targets,
@@ -142,29 +145,28 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
         alignment.check(vlm.feedback)
         if vlm.feedback.reads_patches and vlm.config.target != "prompt":
             raise MirageError("model.feedback: pointer points at the prompt's picture; set model.target to prompt too")
-        if vlm.feedback.reads_patches and vlm.config.places:
-            raise MirageError("model.places: a pointer's latents are patches as they are; they cannot say their places")
     used: tuple[Feedback | Alignment, ...] = (vlm.feedback, alignment) if recipe.needs_targets else (vlm.feedback,)
     parts = [part for part in used if not part.fitted]
     if recipe.stage == "sft" or not parts:
         return
-    found: list[torch.Tensor] = []
+    found: list[Targets] = []
     collate = Collator(vlm.encoder, targets=True)
-    for start in range(0, len(examples), FIT_BATCH):
-        made = (examples[i] for i in range(start, min(start + FIT_BATCH, len(examples))))
-        few = [example for example in made if example.spans]
+    order = random.Random(0).sample(range(len(examples)), len(examples))
+    for start in range(0, len(order), FIT_BATCH):
+        few = [example for example in map(examples.__getitem__, order[start : start + FIT_BATCH]) if example.spans]
         if few:
             batch = Batch(**{k: v.to(vlm.device) if hasattr(v, "to") else v for k, v in collate(few).items()})
             with torch.no_grad():
                 targets = targets_of(vlm, batch)
             assert targets is not None
             found.append(targets)
-        if sum(map(len, found)) >= FIT_TARGETS:
+        if sum(len(targets.parts) for targets in found) >= FIT_TARGETS:
             break
     if not found:
         raise MirageError("the data has no latent spans to learn targets from")
+    sample = Targets.join(found)
     for part in parts:
-        part.fit(torch.cat(found).float())
+        part.fit((sample.parts if isinstance(part, Feedback) else sample.pooled).float())
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
