@@ -191,10 +191,12 @@ def slow_pointer(
         for n, f in enumerate(image):
             down, across = divmod(n, width)
             box = [across / width, down / height, (across + 1) / width, (down + 1) / height]
-            code = place_code(torch.tensor([box]), vlm.width)[0] if vlm.config.places else 0
+            code = place_code(torch.tensor([box]), (height, width), vlm.width)[0] if vlm.config.places else 0
             seen.append(f + code * f.norm())
     query = vlm.feedback.query.weight @ hidden
-    scores = torch.stack([query @ (vlm.feedback.key.weight @ f) for f in seen]) / vlm.width**0.5
+    scores = (
+        torch.stack([query @ (vlm.feedback.key.weight @ (f / f.square().mean().sqrt())) for f in seen]) / vlm.width**0.5
+    )
     return scores.log_softmax(-1), sum(w * f for w, f in zip(scores.softmax(-1), seen, strict=True)), seen
 
 

@@ -155,9 +155,9 @@ def test_a_region_is_the_mean_of_the_patches_whose_centres_it_holds():
 def test_a_place_code_tells_places_apart():
     """Unit vectors whose angle grows with distance, written out for one box."""
     cells = [(c / 6, r / 6, (c + 1) / 6, (r + 1) / 6) for r in range(6) for c in range(6)]
-    codes = place_code(torch.tensor(cells), 32)
+    codes = place_code(torch.tensor(cells), (6, 6), 32)
     torch.testing.assert_close(codes.norm(dim=1), torch.ones(36))
-    x, y, waves = 1.5 / 6, 2.5 / 6, [math.pi * 32 ** (i / 7) for i in range(8)]
+    x, y, waves = 1.5, 2.5, [math.pi / 16 ** (i / 7) for i in range(8)]
     raw = [f(v * w) for v in (x, y) for f in (math.sin, math.cos) for w in waves]
     torch.testing.assert_close(codes[2 * 6 + 1], torch.tensor(raw) / sum(v * v for v in raw) ** 0.5)
     alike = codes @ codes.T
@@ -165,7 +165,10 @@ def test_a_place_code_tells_places_apart():
     here = alike[14]
     near, far = [here[i] for i in (13, 15, 8, 20)], [here[i] for i in (35, 30, 5)]
     assert min(near) > max(far)
-    assert place_code(torch.tensor(cells[:1]), 7).shape == (1, 7)
+    assert place_code(torch.tensor(cells[:1]), (6, 6), 7).shape == (1, 7)
+    smaller = [(c / 4, r / 4, (c + 1) / 4, (r + 1) / 4) for r in range(4) for c in range(4)]
+    same = codes.view(6, 6, 32)[:4, :4].flatten(0, 1)
+    torch.testing.assert_close(place_code(torch.tensor(smaller), (4, 4), 32), same)  # patch for patch
 
 
 def test_targets_of_regions_can_say_their_places(tiny):
@@ -174,5 +177,5 @@ def test_targets_of_regions_can_say_their_places(tiny):
     boxes = ((0.0, 0.0, 1 / 3, 0.5), (1 / 3, 0.5, 2 / 3, 1.0))
     batch = batch_of(tiny, [dialogue(["Go"], [LatentSpan(span(1).helper, regions=boxes), "x"])])
     plain, placed = targets_of(tiny, batch).pooled, targets_of(vlm, batch).pooled
-    for target, other, code in zip(plain, placed, place_code(torch.tensor(boxes), tiny.width), strict=True):
+    for target, other, code in zip(plain, placed, place_code(torch.tensor(boxes), (2, 3), tiny.width), strict=True):
         torch.testing.assert_close(other, target + target.norm() * code)

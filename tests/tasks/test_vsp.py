@@ -229,6 +229,29 @@ def test_perception_never_shows_a_plan_and_answers_match_the_map():
         assert not example.spans
 
 
+def test_to_look_is_to_think_of_the_cells_that_are_asked_for():
+    kinds = Counter()
+    for example in examples("vsp-perception", 200, style="look"):
+        maze = Maze.from_rows(example.meta["map"])
+        kinds[kind := example.meta["kind"]] += 1
+        (span,) = example.spans
+        looked_at = [cell_in(region, maze.size) for region in span.regions]
+        answer = re.findall(r"r(\d)c(\d) (\w+)", example.text)
+        assert [(int(row) - 1, int(column) - 1) for row, column, _ in answer] == looked_at
+        names = {"S": "start", "G": "gift", "F": "ice", "H": "hole"}
+        assert [word for *_, word in answer] == [names[maze[cell]] for cell in looked_at]
+        picture, helper = (np.asarray(x.load()) for x in (next(example.images()), span.helper))
+        assert (picture == helper).all()
+        red = (picture == (255, 0, 0)).all(axis=2)
+        asked = [(int(r) - 1, int(c) - 1) for r, c in re.findall(r"r(\d)c(\d)", example.prompt[-1].segments[-1].text)]
+        if kind == "look":
+            assert asked == looked_at and not red.any()
+        else:
+            crossed = {(r // 64, c // 64) for r, c in zip(*red.nonzero(), strict=True)}
+            assert not asked and crossed == set(looked_at) and (looked_at[0], looked_at[-1]) != (maze.start, maze.goal)
+    assert min(kinds["look"], kinds["follow"]) > 60 and kinds.total() == 200
+
+
 def cell_in(box, side):
     """The cell that a box in fractions of the picture is, exactly."""
     left, top, right, bottom = (round(side * edge, 9) for edge in box)

@@ -59,16 +59,16 @@ def in_points(interval: Sequence[float]) -> str:
     return f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
-def bootstrap_over_seeds(
-    outcomes: Sequence[Sequence[float]], seed: int = 0, rounds: int = 2_000, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean over training seeds and items, with an interval that knows of both.
+def over_seeds(outcomes: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean over training seeds and items, with an interval for other seeds and other items.
 
-    Seeds are drawn again, and in each of them the items, which all seeds share, by one draw for all (a two-way
-    bootstrap, Owen 2007). With one seed the interval is of the items alone.
+    The variance of the mean is that of the seeds' means over the number of seeds and that of the items' means over the
+    number of items; what seeds and items do together is in both, so it is not too small. The interval is Student's,
+    with the degrees of freedom of Welch and Satterthwaite: with three seeds that differ it is wide, as it must be. With
+    one seed it is of the items alone.
 
     Args:
-        outcomes: for each seed the outcome of each item, or the difference of two.
+        outcomes: for each seed the outcome of each item, the same items for all; or the difference of two outcomes.
 
     Returns:
         The mean, and the lower and upper end of its interval.
@@ -76,15 +76,60 @@ def bootstrap_over_seeds(
     Raises:
         MirageError: there is nothing, or seeds have different numbers of items.
     """
-    if not outcomes or not len(outcomes[0]) or len({len(row) for row in outcomes}) > 1:
-        raise MirageError("a bootstrap over seeds needs the same items, at least one, for each seed")
-    table = np.asarray(outcomes, dtype=float)  # [S, N]
-    rng = np.random.default_rng(seed)
-    seeds, n = table.shape
-    means = np.empty(rounds)
-    for i in range(rounds):
-        weights = np.bincount(rng.integers(seeds, size=seeds), minlength=seeds) / seeds
-        items = rng.multinomial(n, np.full(n, 1 / n)) / n
-        means[i] = weights @ table @ items
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(table.mean()), float(low), float(high)
+    table = _table(outcomes)
+    return _interval(float(table.mean()), [_of_means(table, axis=1), _of_means(table, axis=0)], level)
+
+
+def ahead_over_seeds(
+    one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], level: float = 0.95
+) -> tuple[float, float, float]:
+    """mean(one) − mean(other) of two ways of training with seeds of their own, on the same items, as `over_seeds`.
+
+    Raises:
+        MirageError: as `over_seeds`, or the two have different numbers of items.
+    """
+    first, second = _table(one), _table(other)
+    if first.shape[1] != second.shape[1]:
+        raise MirageError(f"both must have the same items, not {first.shape[1]} and {second.shape[1]}")
+    items = first.mean(axis=0) - second.mean(axis=0)
+    parts = [_of_means(first, axis=1), _of_means(second, axis=1), _of_means(items[None], axis=0)]
+    return _interval(float(items.mean()), parts, level)
+
+
+def student(freedom: float, level: float = 0.95) -> float:
+    """How many standard errors to each side hold `level` of Student's t distribution of so many degrees of freedom.
+
+    With x = √ν · tan θ its density is in proportion to cos(θ)^(ν − 1), which is added up.
+
+    Args:
+        freedom: ν, 1 or more, need not be whole.
+    """
+    if freedom > 1e4:
+        return NormalDist().inv_cdf((1 + level) / 2)
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    middles = (angles[1:] + angles[:-1]) / 2
+    share = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (freedom - 1))])
+    return float(freedom**0.5 * np.tan(np.interp(level, share / share[-1], angles)))
+
+
+def _table(outcomes: Sequence[Sequence[float]]) -> np.ndarray:
+    """[S, N]."""
+    if not len(outcomes) or not len(outcomes[0]) or len({len(row) for row in outcomes}) > 1:
+        raise MirageError("an interval over seeds needs the same items, at least one, for each seed")
+    return np.asarray(outcomes, dtype=float)
+
+
+def _of_means(table: np.ndarray, axis: int) -> tuple[float, int]:
+    """Variance of the mean of the means along an axis, and its degrees of freedom; (0, 0) of a single one."""
+    means = table.mean(axis=axis)
+    return (float(means.var(ddof=1)) / len(means), len(means) - 1) if len(means) > 1 else (0.0, 0)
+
+
+def _interval(mean: float, parts: Sequence[tuple[float, int]], level: float) -> tuple[float, float, float]:
+    """Of independent parts of the variance of a mean, each with its degrees of freedom."""
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return mean, mean, mean
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts if variance)
+    half = student(freedom, level) * total**0.5
+    return mean, mean - half, mean + half

@@ -113,12 +113,12 @@ class Kept:
                     self._found[place] = replace(response, decoding=Decoding(**{**decoding, **tuples}))
                     self._seconds[place[0]] += float(record["seconds"])
             except (ValueError, KeyError, TypeError) as fault:
-                raise MirageError(f"{path}:{number}: is damaged; start over with --restart") from fault
+                raise MirageError(f"{path}:{number}: is damaged; remove it or start over with --restart") from fault
             if number == 1 and (differing := list(differences(settings, self.settings))):
                 shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
                 raise MirageError(
-                    f"{path} was left by another evaluation ({shown}): repeat that one to finish it, or start over "
-                    "with --restart"
+                    f"{path} was left by another evaluation ({shown}): repeat that one to finish it, remove it, or "
+                    "start over with --restart"
                 )
 
 

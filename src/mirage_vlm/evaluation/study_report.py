@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mirage_vlm.evaluation.intervals import bootstrap_over_seeds, in_points
+from mirage_vlm.evaluation.intervals import ahead_over_seeds, in_points, over_seeds
 from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure, save_figure
 from mirage_vlm.evaluation.replace import REPLACEMENTS
 from mirage_vlm.evaluation.study import Outcome, Row, Study, correct, outcomes
@@ -32,27 +32,24 @@ class Line:
         return np.array([correct(run.results, replacement) for run in self.runs], dtype=float)
 
     def accuracy(self) -> Interval:
-        return bootstrap_over_seeds(self.right().tolist())
+        mean, low, high = over_seeds(self.right().tolist())
+        return mean, max(0.0, low), min(1.0, high)
 
     def mean(self, replacement: str) -> float:
         """Accuracy in percent, without its interval."""
         return 100 * float(self.right(replacement).mean())
 
     def ahead(self, other: Line) -> Interval:
-        """This row − another, item by item, each the mean of its seeds.
+        """This row − another, item by item."""
+        return ahead_over_seeds(self.right().tolist(), other.right().tolist())
 
-        The two have seeds of their own, so only what both share, the items, is drawn again together.
-        """
-        both = self.right(), other.right()
-        rng = np.random.default_rng(0)
-        n = both[0].shape[1]
-        means = []
-        for _ in range(2_000):
-            items = rng.multinomial(n, np.full(n, 1 / n)) / n
-            one, two = (table[rng.integers(len(table), size=len(table))].mean(axis=0) @ items for table in both)
-            means.append(one - two)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(both[0].mean() - both[1].mean()), float(low), float(high)
+    def gain(self, replacement: str) -> Interval:
+        """Its own latents − a replacement, seed by seed and item by item."""
+        return over_seeds((self.right() - self.right(replacement)).tolist())
+
+    def best_empty(self) -> str | None:
+        """Of the replacements that tell nothing of the example, that which costs least."""
+        return max((r for r in self.replacements() if REPLACEMENTS[r].empty), key=self.mean, default=None)
 
     def replacements(self) -> list[str]:
         """Those that all its runs have, `self` left out."""
@@ -111,10 +108,16 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     if tested:
         names = [name for name in REPLACEMENTS if any(name in line.replacements() for line in tested) or name == "self"]
         parts += ["", "With something else in the place of the latents:", ""]
-        parts += ["| base | row | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+        parts += ["| base | row | " + " | ".join(names) + " | self − best empty | 95 % |"]
+        parts += ["|---|---|" + "---|" * (len(names) + 2)]
         for line in tested:
             there = ("self", *line.replacements())
             shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
+            if (best := line.best_empty()) is None:
+                shown += ["–", "–"]
+            else:
+                gain, *ends = line.gain(best)
+                shown += [f"{100 * gain:+.1f} ({best})", in_points(ends)]
             parts.append(f"| {line.row.base} | {line.row.name} | " + " | ".join(shown) + " |")
     parts += ["", "| row | what it is |", "|---|---|"]
     parts += [f"| {line.row.name} | {line.row.about} |" for line in done]
@@ -144,11 +147,9 @@ def figure(study: Study) -> Figure:
         axes.barh(y, mean, height=0.62, color="#c9ccd1" if line.row.helper != "both" else "#e6e7ea")
         axes.errorbar(mean, y, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=SELF, capsize=3)
         axes.annotate(f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
-        there = line.replacements()
-        empty = [line.mean(name) for name in there if REPLACEMENTS[name].empty]
-        if empty:
-            axes.plot(max(empty), y, "o", color=EMPTY)
-        if "oracle" in there:
+        if (best := line.best_empty()) is not None:
+            axes.plot(line.mean(best), y, "o", color=EMPTY)
+        if "oracle" in line.replacements():
             axes.plot(line.mean("oracle"), y, "D", color=INFORMATIVE, markersize=5)
     axes.set_yticks(range(len(done)), [f"{line.row.base}: {line.row.name}" for line in done])
     axes.set_ylim(len(done) - 0.4, -0.6)

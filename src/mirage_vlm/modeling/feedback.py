@@ -218,7 +218,8 @@ class Pointer(Feedback):
 
     def scores(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         assert patches is not None
-        found = torch.einsum("b...d,bnd->b...n", self.query(hidden), self.key(patches.features))
+        keys = self.key(F.rms_norm(patches.features, patches.features.shape[-1:]))  # lest it begins all too sure
+        found = torch.einsum("b...d,bnd->b...n", self.query(hidden), keys)
         there = patches.there.view(len(found), *[1] * (found.ndim - 2), -1)
         return (found / hidden.shape[-1] ** 0.5).masked_fill(~there, MASKED)
 

@@ -109,7 +109,7 @@ class LatentVLM(Pretrained):
                 there = ~several[..., 0].isnan()  # [k, m]
                 shown = region_averages(patches, shape, several[there])
                 if self.config.places:
-                    shown = with_places(shown, several[there])
+                    shown = with_places(shown, several[there], shape)
                 pooled.append(Targets(shown, there.nonzero()[:, 0].to(patches.device)))
             return Targets.join(pooled)
 
@@ -185,8 +185,9 @@ class LatentVLM(Pretrained):
         """[n, D] features of whole pictures as latents have them: with `places`, they say where they lie."""
         if not self.config.places:
             return features
-        boxes = torch.cat([patch_boxes(self.family.merged_grid(grid)) for grid in grid_thw])
-        return with_places(features, boxes)
+        grids = list(map(self.family.merged_grid, grid_thw))
+        each = features.split([height * width for height, width in grids])
+        return torch.cat([with_places(own, patch_boxes(grid), grid) for own, grid in zip(each, grids, strict=True)])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] last hidden states → [..., V] logits."""

@@ -103,29 +103,32 @@ class Targets:
         return Targets(torch.cat([t.parts for t in several]), torch.cat(owners))
 
 
-def place_code(boxes: torch.Tensor, width: int) -> torch.Tensor:
+def place_code(boxes: torch.Tensor, grid: tuple[int, int], width: int) -> torch.Tensor:
     """Where regions lie, as vectors of length 1: sines and cosines of their centres, half of them for each direction.
 
     A patch of the prompt has its place by its rotary position; a latent has the position of a token of text. What says
-    nothing of its place in itself (the ice of one cell is that of another) would stand for any.
+    nothing of its place in itself (the ice of one cell is that of another) would stand for any. Like a rotary position
+    a centre counts in patches, whatever the size of the picture; waves are 2 to 32 of them long.
 
     Args:
         boxes: [k, 4] as for `region_averages`.
+        grid: (h, w) of the picture.
 
     Returns:
         [k, width].
     """
+    height, across = grid
     count = -(-width // 4)
-    waves = torch.pi * 32 ** (torch.arange(count, device=boxes.device) / max(1, count - 1))  # half a turn to 16 turns
-    centres = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], dim=1) / 2  # [k, 2]
+    waves = torch.pi / 16 ** (torch.arange(count, device=boxes.device) / max(1, count - 1))
+    centres = torch.stack([(boxes[:, 0] + boxes[:, 2]) * across, (boxes[:, 1] + boxes[:, 3]) * height], dim=1) / 2
     angles = centres.unsqueeze(2) * waves  # [k, 2, count]
     code = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
     return F.normalize(code, dim=1)
 
 
-def with_places(features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def with_places(features: torch.Tensor, boxes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """[n, D] features of regions and their [n, 4] boxes → [n, D] features that also say where, in equal parts."""
-    code = place_code(boxes, features.shape[1]).to(features)
+    code = place_code(boxes, grid, features.shape[1]).to(features)
     return features + code * features.detach().norm(dim=1, keepdim=True)
 
 

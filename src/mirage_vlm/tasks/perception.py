@@ -23,6 +23,8 @@ _QUESTIONS = {
     "map": "Write down the map row by row.",
     "path": "Which way does the red path go?",
     "glimpse": "Which cells do you have in mind?",
+    "look": "Look at {cell}.",
+    "follow": "Follow the red path.",
     "place": "Where is the elf, the gift and what is there at {cell}?",
 }
 _NAMES = {"S": "start", "F": "ice", "H": "hole", "G": "gift"}
@@ -39,24 +41,36 @@ class Perception(Task):
     vision tower sees them, and says which they were and what lies there. It is for stage 1, and makes a base whose
     picture features tell where in the picture they are, and that can read them in the place of latents.
 
+    The style `look` asks for such latents, half of its examples by the names of cells and half by a drawn path (`Look
+    at r2c3, r1c1.`, `Follow the red path.`); the response is a span with a latent for each, then the words for them. It
+    makes a base that can choose what a latent is of, as it can choose its words.
+
     Beside the answer, the picture has a `reading`: each cell's name or, by chance, its letter. It takes a decoder many
     examples to find out where in the picture a patch stands; to be told in place makes it quick.
     """
 
     name = "vsp-perception"
-    styles = ("direct", "glimpse")
+    styles = ("direct", "glimpse", "look")
     mixture = ("direct",)
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
-        kind = "glimpse" if style == "glimpse" else rng.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        if style != "direct":
+            kind = "glimpse" if style == "glimpse" else rng.choice(("look", "follow"))
         maze = generate_maze(level, rng)
         draw, asked = partial(draw_maze, maze, cell), ""
         thought: tuple[LatentSpan, ...] = ()
-        if kind == "glimpse":
+        if style != "direct":
             cells = rng.choices(list(maze.cells()), k=rng.randint(1, MAX_STEPS))
-            path = _random_path(maze, rng) if rng.random() < 0.5 else None
-            thought = (LatentSpan(Image(partial(draw, path=path)), regions=tuple(box_of(c, level) for c in cells)),)
+            path = _random_path(maze, rng) if kind == "follow" or (kind == "glimpse" and rng.random() < 0.5) else None
+            helper = partial(draw, path=path)
+            if kind == "look":
+                asked = ", ".join(map(cell_name, cells))
+            elif kind == "follow":
+                assert path is not None
+                draw, cells = helper, list(path)
+            thought = (LatentSpan(Image(helper), regions=tuple(box_of(c, level) for c in cells)),)
             answer = " ".join(f"{cell_name(c)} {_NAMES[maze[c]]}" for c in cells)
         elif kind == "map":
             answer = " / ".join(" ".join(row) for row in maze.rows)
@@ -80,14 +94,18 @@ class Perception(Task):
         )
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
-        """The prompt; the detail `kind` is `map` (default), `path`, `glimpse`, or `place` with a `cell` (`r2c3`)."""
+        """The prompt; the detail `kind` is `map` (default), `path`, `glimpse`, `follow`, `look` or `place`.
+
+        The last two ask for the detail `cell` (`r2c3`; of `look` several, as `r2c3, r1c1`).
+        """
         self.check_style(style)
         kind = str(details.get("kind", "map"))
         if kind not in _QUESTIONS:
             raise MirageError(f"{self.name} has no kind {kind!r}; choose from {', '.join(_QUESTIONS)}")
         asked = str(details.get("cell", ""))
-        if kind == "place":
-            parse_cell(asked)
+        if kind in ("look", "place"):
+            for name in asked.split(", ") if kind == "look" else [asked]:
+                parse_cell(name)
         return (user_turn(image, _QUESTIONS[kind].format(cell=asked)),)
 
     def score(self, trajectory: Trajectory) -> Score:
