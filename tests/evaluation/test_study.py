@@ -208,7 +208,7 @@ def test_the_same_items_pair_two_ways_of_training():
 
 @pytest.mark.parametrize("between", [0.0, 0.05, 0.3])
 def test_the_interval_holds_the_truth_as_often_as_it_says(between):
-    """Seeds and items of random skill and ease, again and again; about 95 % with 1,000 rounds; Satterthwaite's freedom is a little too large for three."""
+    """Seeds and items of random skill and ease, 1,000 times. With three seeds Satterthwaite is a bit bold."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(1_000):

@@ -122,6 +122,22 @@ def test_every_feedback_keeps_the_shape(name, shape):
     assert build_feedback(name, 7)(torch.randn(*shape, 7), patches).shape == (*shape, 7)
 
 
+@pytest.mark.parametrize(("saved", "wanted"), [("pointer", "pointer-one"), ("codebook-one", "codebook")])
+def test_weights_go_from_a_mixture_to_the_best_alone_and_back(tiny, tmp_path, saved, wanted):
+    parts = copy.deepcopy(tiny)
+    config = replace(tiny.config, feedback=saved, codes=9)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, config)
+    for tensor in vlm.feedback.state_dict().values():
+        tensor.normal_()
+    vlm.save_pretrained(tmp_path / "saved")
+    loaded = LatentVLM.from_pretrained(tmp_path / "saved", feedback=wanted)
+    assert type(loaded.feedback) is FEEDBACKS[wanted]
+    for name, tensor in vlm.feedback.state_dict().items():
+        assert torch.equal(loaded.feedback.state_dict()[name], tensor)
+    other = LatentVLM.from_pretrained(tmp_path / "saved", feedback="linear")
+    assert torch.equal(other.feedback.proj.weight, torch.eye(tiny.width)), "those of another kind begin anew"
+
+
 def test_an_unknown_feedback():
     with pytest.raises(MirageError, match="unknown feedback 'linaer'; choose one of identity, linear"):
         build_feedback("linaer", 7)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
-from mirage_vlm.modeling.feedback import Feedback
+from mirage_vlm.modeling.feedback import Feedback, same_weights
 
 FEEDBACK_FILE = "latent_feedback.safetensors"
 
@@ -68,9 +68,10 @@ class Pretrained(nn.Module):
             if found != token_id:
                 raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
         vlm = cls(model, tokenizer, image_processor, config)
-        if config.feedback == saved.feedback == "codebook" and config.codes != saved.codes:
+        kept = same_weights(config.feedback, saved.feedback)
+        if kept and hasattr(vlm.feedback, "table") and config.codes != saved.codes:
             raise MirageError(f"{path}: its table has {saved.codes} codes and cannot be made one of {config.codes}")
-        if config.feedback == saved.feedback and vlm.feedback.state_dict():
+        if kept and vlm.feedback.state_dict():
             weights = Path(path) / FEEDBACK_FILE
             if not weights.exists():
                 raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
@@ -159,7 +160,7 @@ class Pretrained(nn.Module):
         self.image_processor.save_pretrained(folder)
         weights = {name: tensor.contiguous() for name, tensor in feedback.items()}
         if weights:
-            save_file(weights, folder / FEEDBACK_FILE)
+            (folder / FEEDBACK_FILE).write_bytes(save(weights))
 
 
 def has_latents(path: str | Path) -> bool:

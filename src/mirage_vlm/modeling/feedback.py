@@ -284,3 +284,9 @@ def build_feedback(name: str, width: int, codes: int = 256) -> Feedback:
     if name not in FEEDBACKS:
         raise MirageError(f"unknown feedback {name!r}; choose one of {', '.join(FEEDBACKS)}")
     return FEEDBACKS[name](width, codes)
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether the weights of one feedback are those of another too, as of `pointer` and `pointer-one`."""
+    first, second = FEEDBACKS.get(one), FEEDBACKS.get(other)
+    return first is not None and second is not None and (issubclass(first, second) or issubclass(second, first))

@@ -23,7 +23,7 @@ _QUESTIONS = {
     "map": "Write down the map row by row.",
     "path": "Which way does the red path go?",
     "glimpse": "Which cells do you have in mind?",
-    "look": "Look at {cell}.",
+    "look": "Look at the elf, the gift and the holes.",
     "follow": "Follow the red path.",
     "place": "Where is the elf, the gift and what is there at {cell}?",
 }
@@ -41,9 +41,9 @@ class Perception(Task):
     vision tower sees them, and says which they were and what lies there. It is for stage 1, and makes a base whose
     picture features tell where in the picture they are, and that can read them in the place of latents.
 
-    The style `look` asks for such latents, half of its examples by the names of cells and half by a drawn path (`Look
-    at r2c3, r1c1.`, `Follow the red path.`); the response is a span with a latent for each, then the words for them. It
-    makes a base that can choose what a latent is of, as it can choose its words.
+    The style `look` asks for such latents: `look` for the elf, the gift and the holes (row by row), `follow` for the
+    cells of a drawn path; the response is a span with a latent for each, then the words for them. It makes a base
+    that can choose what a latent is of, as it can choose its words.
 
     Beside the answer, the picture has a `reading`: each cell's name or, by chance, its letter. It takes a decoder many
     examples to find out where in the picture a patch stands; to be told in place makes it quick.
@@ -66,7 +66,7 @@ class Perception(Task):
             path = _random_path(maze, rng) if kind == "follow" or (kind == "glimpse" and rng.random() < 0.5) else None
             helper = partial(draw, path=path)
             if kind == "look":
-                asked = ", ".join(map(cell_name, cells))
+                cells = [maze.start, maze.goal, *sorted(maze.holes)]
             elif kind == "follow":
                 assert path is not None
                 draw, cells = helper, list(path)
@@ -94,18 +94,14 @@ class Perception(Task):
         )
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
-        """The prompt; the detail `kind` is `map` (default), `path`, `glimpse`, `follow`, `look` or `place`.
-
-        The last two ask for the detail `cell` (`r2c3`; of `look` several, as `r2c3, r1c1`).
-        """
+        """The prompt; `kind` is `map` (default), `path`, `glimpse`, `look`, `follow` or, with a `cell`, `place`."""
         self.check_style(style)
         kind = str(details.get("kind", "map"))
         if kind not in _QUESTIONS:
             raise MirageError(f"{self.name} has no kind {kind!r}; choose from {', '.join(_QUESTIONS)}")
         asked = str(details.get("cell", ""))
-        if kind in ("look", "place"):
-            for name in asked.split(", ") if kind == "look" else [asked]:
-                parse_cell(name)
+        if kind == "place":
+            parse_cell(asked)
         return (user_turn(image, _QUESTIONS[kind].format(cell=asked)),)
 
     def score(self, trajectory: Trajectory) -> Score:
