@@ -37,6 +37,7 @@ STUDY = """\
 output: {folder}/study
 bases: [{{name: P, path: {folder}/base/final}}]
 test: {{task: vsp-planning, levels: [3], n: 12, seed: 5, max_new_tokens: 24}}
+also: [{{name: unseen, task: vsp-planning, levels: [4], n: 4, seed: 6, max_new_tokens: 24}}]
 against: plain
 seeds: [1, 2]
 rows:
@@ -98,7 +99,7 @@ def test_what_is_done_is_not_done_again(done, monkeypatch):
     told = []
     for row in done.rows:
         run_row(done, row, 1, load_model, told.append)
-    assert len(told) == 2 and all(line.endswith("results.json: is there") for line in told)
+    assert len(told) == 4 and all(line.endswith(".json: is there") for line in told)
 
 
 def test_results_of_another_study_are_refused(folder, done, tmp_path):
@@ -135,10 +136,20 @@ def test_the_page_says_what_the_results_say(done):
     plain = [np.mean(correct(o.results)) for o in outcomes(done, done.row("plain"))]
     assert float(cells[9]) == pytest.approx(100 * (np.mean(rights) - np.mean(plain)), abs=0.06)
     (header,) = [line for line in text.splitlines() if line.startswith("| base | row | self |")]
-    assert header == "| base | row | self | zero | markers |"
-    (tested,) = [line for line in text.splitlines() if re.match(r"\| P \| paper \| [\d.]+ \|", line)]
+    assert header == "| base | row | self | zero | markers | self − best empty | 95 % |"
+    whole, _, further = text.partition("**unseen**: 4 held-out")
+    (tested,) = [line for line in whole.splitlines() if re.match(r"\| P \| paper \| [\d.]+ \|", line)]
     zero = [np.mean(correct(o.results, "zero")) for o in outcomes(done, done.row("paper"))]
-    assert float(tested.strip("|").split("|")[3]) == pytest.approx(100 * np.mean(zero), abs=0.06)
+    numbers = tested.strip("|").split("|")
+    assert float(numbers[3]) == pytest.approx(100 * np.mean(zero), abs=0.06)
+    markers = [np.mean(correct(o.results, "markers")) for o in outcomes(done, done.row("paper"))]
+    name, best = max(("zero", zero), ("markers", markers), key=lambda pair: np.mean(pair[1]))
+    gain, _, said = numbers[5].strip().partition(" ")
+    assert float(gain) == pytest.approx(100 * (np.mean(rights) - np.mean(best)), abs=0.06)
+    assert said == f"({name})" or np.mean(zero) == np.mean(markers)
+    (row,) = [line for line in further.splitlines() if line.startswith("| P | paper | 2 |")]
+    rights = [np.mean(correct(o.results)) for o in outcomes(done, done.row("paper"), done.also[0])]
+    assert float(row.strip("|").split("|")[3]) == pytest.approx(100 * np.mean(rights), abs=0.06)
 
 
 def test_the_command(folder, done, capsys):
@@ -156,12 +167,13 @@ def test_the_command(folder, done, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("against: plain", "against: none", "study.yaml:4: against: there is no row 'none'"),
+        ("against: plain", "against: none", "study.yaml:5: against: there is no row 'none'"),
         ("name: paper", "name: plain", "rows[0].name: 'plain' is there twice"),
         ("base: P, style", "base: Q, style", "rows[0].base: there is no base 'Q'"),
         ("style: plain", "style: prose", "rows[0].style: 'prose' is not one of"),
         ("[zero, markers]", "[zeros]", "rows[1].replacements: there is no zeros"),
         ("helper: training", "helper: yes", "rows[1].helper: expected str"),
+        ("name: unseen", "name: x y", "also[0].name: give one, of letters, digits, - and _"),
         ("2.0e-3", "fast", "override 'train.learning_rate=fast'"),
     ],
 )

@@ -11,7 +11,15 @@ from support import batch_of, dialogue, distance, span
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.modeling.pooling import POOLINGS, check_pooling, place_code, pool, region_averages, span_length
+from mirage_vlm.modeling.pooling import (
+    POOLINGS,
+    build_pooling,
+    check_pooling,
+    place_code,
+    pool,
+    region_averages,
+    span_length,
+)
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.trajectory import LatentSpan
 
@@ -100,6 +108,40 @@ def test_full_keeps_every_patch():
 def test_every_pooling_gives_as_many_targets_as_span_length_says(name, k):
     length = span_length(name, 12, k)
     assert pool(features(3, 4), (3, 4), k, name).shape == (length, WIDTH)
+
+
+def test_a_resampler_mixes_the_patches_each_query_looks_at():
+    """Written out for one query; it begins near the mean of all patches, and learns through the targets."""
+    torch.manual_seed(0)
+    resampler, patches = build_pooling("resampler", WIDTH, 3), features(2, 3)
+    boxes = [(c / 3, r / 2, (c + 1) / 3, (r + 1) / 2) for r in range(2) for c in range(3)]
+    codes = place_code(torch.tensor(boxes), (2, 3), WIDTH) * WIDTH**0.5
+    found = resampler(patches, (2, 3), 2)
+    assert found.shape == (2, WIDTH)
+    for query, target in zip(resampler.queries, found, strict=False):
+        keys = [resampler.key.weight @ (p / p.square().mean().sqrt() + c) for p, c in zip(patches, codes, strict=True)]
+        weights = torch.stack([query @ key / WIDTH**0.5 for key in keys]).exp()
+        expected = sum(w * p for w, p in zip(weights / weights.sum(), patches, strict=True))
+        torch.testing.assert_close(target, expected, atol=1e-4, rtol=1e-4)
+    found.sum().backward()
+    assert resampler.queries.grad[:2].abs().sum() > 0 and resampler.queries.grad[2].abs().sum() == 0
+    with pytest.raises(MirageError, match="wants k = 4 latents, but the resampler has 3 queries; raise latent_size"):
+        resampler(patches, (2, 3), 4)
+
+
+def test_a_resampler_is_saved_with_the_checkpoint(tiny, tmp_path):
+    parts = copy.deepcopy(tiny)
+    vlm = LatentVLM(parts.model, parts.tokenizer, parts.image_processor, replace(tiny.config, pooling="resampler"))
+    torch.nn.init.normal_(vlm.pooling.queries)
+    vlm.save_pretrained(tmp_path / "saved")
+    loaded = LatentVLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.pooling.queries, vlm.pooling.queries)
+    with pytest.raises(MirageError, match=r"its resampler gives \d latents and cannot be made to give 9"):
+        LatentVLM.from_pretrained(tmp_path / "saved", latent_size=9)
+    assert LatentVLM.from_pretrained(tmp_path / "saved", pooling="grid", latent_size=9).config.pooling == "grid"
+    (tmp_path / "saved" / "latent_pooling.safetensors").unlink()
+    with pytest.raises(MirageError, match="pooling 'resampler' has weights, but latent_pooling"):
+        LatentVLM.from_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", ["average", "grid", "random"])

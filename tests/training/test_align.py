@@ -25,7 +25,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import from_record, to_record
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.feedback import build_feedback
-from mirage_vlm.modeling.pooling import Targets
+from mirage_vlm.modeling.pooling import Resampler, Targets
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training import run
 from mirage_vlm.training.align import ALIGNMENTS, Cosine
@@ -155,6 +155,8 @@ def test_targets_can_be_the_prompts_own_patches(tiny, regions):
     )  # no helper image is needed
     batch = batch_of(vlm, [example])
     seen = vlm.image_features(batch.pixel_values, batch.grid_thw)[0]
+    example = vlm.encoder.example(dialogue([picture(3, 2, 5), "?"], [LatentSpan(regions=BOXES), "x"]))
+    assert example.helpers.pixel_values.data_ptr() == example.images.pixel_values.data_ptr(), "processed once"
     assert torch.equal(targets_of(vlm, batch).pooled, seen[[0, 4, 2]])
     with pytest.raises(MirageError, match="taken from the prompt's picture, but the prompt has none"):
         vlm.encoder.example(dialogue(["Go"], [LatentSpan(regions=BOXES), "x"]))
@@ -318,6 +320,7 @@ def recipe_of(folder, stage, style, *overrides, model=f"scratch: {SCRATCH}"):
         ("stage1", "cells", ["model.feedback=pointer", "model.target=prompt", "loss.alignment=code"]),
         ("stage2", "steps", ["train.own_share=[0.5, 1.0]", "train.visibility=evict"]),
         ("stage1", "direct", ["train.visibility=bottleneck"]),
+        ("stage1", "direct", ["model.pooling=resampler"]),
         ("sft", "words", []),
         ("sft", "shown", []),
     ],
@@ -328,6 +331,8 @@ def test_a_run_of_each_kind(tmp_path, stage, style, overrides):
     vlm = LatentVLM.from_pretrained(final)
     assert vlm.config.feedback == (recipe.model.feedback or "identity")
     assert vlm.config.target == (recipe.model.target or "helper")
+    if vlm.config.pooling == "resampler":
+        assert not torch.equal(vlm.pooling.queries, Resampler(vlm.width, 4).queries), "it has learnt"
     if vlm.config.feedback.startswith("codebook"):
         assert (vlm.feedback.table.norm(dim=1) > 0).all(), "it was made of targets"
     example = GeneratedDataset("vsp-planning", (3,), 1, 9, style, "test")[0]

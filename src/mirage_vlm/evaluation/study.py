@@ -2,6 +2,7 @@
 
     <output>/<row>/seed-<s>/<recipe>/          the training run
     <output>/<row>/seed-<s>/results.json       its evaluation
+    <output>/<row>/seed-<s>/results-<test>.json  that of each further test
 
 Whatever is there already is not done again, and a run that was killed goes on from its newest checkpoint. Rows may be
 run by several processes at once, as long as no two run the same row and seed.
@@ -10,6 +11,7 @@ run by several processes at once, as long as no two run the same row and seed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +42,7 @@ class Test:
 
     Attributes:
         max_new_tokens: most positions of a response.
+        name: of a further test, in tables and files.
     """
 
     __test__ = False  # not pytest's
@@ -49,6 +52,7 @@ class Test:
     n: int
     seed: int
     max_new_tokens: int = 64
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Study:
 
     Attributes:
         output: folder of all runs.
+        test: the test of the main table, with replacements.
+        also: further tests with a name each, such as maps of sides that were not trained on; without replacements.
         against: name of the row that others are compared with.
         seeds: each row is trained once with each.
     """
@@ -100,6 +106,7 @@ class Study:
     rows: tuple[Row, ...]
     against: str
     seeds: tuple[int, ...] = (1, 2, 3)
+    also: tuple[Test, ...] = ()
 
     def row(self, name: str) -> Row:
         """The row of that name.
@@ -115,6 +122,10 @@ class Study:
     def folder(self, row: Row, seed: int) -> Path:
         """Where one run of a row is."""
         return Path(self.output) / row.name / f"seed-{seed}"
+
+    def results(self, row: Row, seed: int, test: Test) -> Path:
+        """The results of one run of a row in a test."""
+        return self.folder(row, seed) / (f"results-{test.name}.json" if test.name else RESULTS)
 
 
 def load_study(path: str | Path) -> Study:
@@ -132,13 +143,19 @@ def load_study(path: str | Path) -> Study:
     names, bases = [row.name for row in study.rows], [base.name for base in study.bases]
     require(bool(study.seeds), "seeds", "give at least one")
     require(study.against in names, "against", f"there is no row {study.against!r}")
-    task = get_task(study.test.task)
+    require(not study.test.name, "test.name", "only further tests have one")
+    for i, test in enumerate(study.also):
+        key = f"also[{i}].name"
+        require(re.fullmatch(r"[\w-]+", test.name) is not None, key, "give one, of letters, digits, - and _")
+        require([t.name for t in study.also].count(test.name) == 1, key, f"{test.name!r} is there twice")
+    tasks = [get_task(test.task) for test in (study.test, *study.also)]
     for i, row in enumerate(study.rows):
         key = f"rows[{i}]"
         require(names.count(row.name) == 1, f"{key}.name", f"{row.name!r} is there twice")
         require(row.base in bases, f"{key}.base", f"there is no base {row.base!r}")
         require(row.helper in HELPER, f"{key}.helper", f"{row.helper!r} is not one of {', '.join(HELPER)}")
-        require(row.style in task.styles, f"{key}.style", f"{row.style!r} is not one of {', '.join(task.styles)}")
+        for task in tasks:
+            require(row.style in task.styles, f"{key}.style", f"{row.style!r} is not one of {', '.join(task.styles)}")
         unknown = [name for name in row.replacements if name not in (*REPLACEMENTS, "all")]
         require(not unknown, f"{key}.replacements", f"there is no {', '.join(unknown)}")
         require(bool(row.recipes), f"{key}.recipes", "give at least one")
@@ -182,34 +199,36 @@ def run_row(
     Raises:
         MirageError: as `train` and `run_all`.
     """
-    results = study.folder(row, seed) / RESULTS
     recipes = recipes_of(study, row, seed)
-    if results.exists():
-        _load_done(study, row, recipes, results)
-        tell(f"{results}: is there")
-        return results
-    for recipe in recipes:
+    missing = []
+    for test in (study.test, *study.also):
+        results = study.results(row, seed, test)
+        if results.exists():
+            _load_done(row, recipes, results, test)
+            tell(f"{results}: is there")
+        else:
+            missing.append(test)
+    for recipe in recipes if missing else ():
         if (Path(recipe.output_dir) / FINAL).exists():
             _check_recipe(recipe)
         else:
             tell(f"{recipe.output_dir}: training")
             train(recipe, resume=True)
-    tell(f"{results}: testing")
-    test = study.test
-    made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
-    origin = _origin(study, row)
-    model = str(Path(recipes[-1].output_dir) / FINAL)
-    settings = Settings(
-        GenerationConfig(max_new_tokens=test.max_new_tokens),
-        EngineConfig(),
-        chosen(row.replacements) if row.replacements else (),
-    )
-    list(run_all(plan([model], [Source(origin, [made[i] for i in range(test.n)])], results), settings, load))
-    return results
+    for test in missing:
+        results = study.results(row, seed, test)
+        tell(f"{results}: testing")
+        made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
+        source = Source(_origin(row, test), [made[i] for i in range(test.n)])
+        settings = Settings(
+            GenerationConfig(max_new_tokens=test.max_new_tokens),
+            EngineConfig(),
+            chosen(row.replacements) if row.replacements and test is study.test else (),
+        )
+        list(run_all(plan([str(Path(recipes[-1].output_dir) / FINAL)], [source], results), settings, load))
+    return study.results(row, seed, study.test)
 
 
-def _origin(study: Study, row: Row) -> dict[str, Any]:
-    test = study.test
+def _origin(row: Row, test: Test) -> dict[str, Any]:
     return {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
 
 
@@ -225,12 +244,12 @@ def _check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _load_done(study: Study, row: Row, recipes: Sequence[Recipe], file: Path) -> dict[str, Any]:
+def _load_done(row: Row, recipes: Sequence[Recipe], file: Path, test: Test) -> dict[str, Any]:
     """Results that are there; refuses those of other recipes or of another test."""
     for recipe in recipes:
         _check_recipe(recipe)
     results = json.loads(file.read_text(encoding="utf-8"))
-    if results["data"] != _origin(study, row):
+    if results["data"] != _origin(row, test):
         raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
     return results
 
@@ -253,15 +272,16 @@ class Outcome:
     examples: int
 
 
-def outcomes(study: Study, row: Row) -> list[Outcome]:
-    """The runs of a row that are done, one for each seed."""
+def outcomes(study: Study, row: Row, test: Test | None = None) -> list[Outcome]:
+    """The runs of a row that are done, one for each seed, as a test found them; by default the main one."""
+    test = study.test if test is None else test
     found = []
     for seed in study.seeds:
-        file = study.folder(row, seed) / RESULTS
+        file = study.results(row, seed, test)
         if not file.exists():
             continue
         recipes = recipes_of(study, row, seed)
-        results = _load_done(study, row, recipes, file)
+        results = _load_done(row, recipes, file, test)
         lasts = [_last_line(Path(recipe.output_dir) / METRICS_FILE) for recipe in recipes]
         found.append(
             Outcome(

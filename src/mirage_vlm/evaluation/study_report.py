@@ -12,7 +12,7 @@ import numpy as np
 from mirage_vlm.evaluation.intervals import ahead_over_seeds, in_points, over_seeds
 from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure, save_figure
 from mirage_vlm.evaluation.replace import REPLACEMENTS
-from mirage_vlm.evaluation.study import Outcome, Row, Study, correct, outcomes
+from mirage_vlm.evaluation.study import Outcome, Row, Study, Test, correct, outcomes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +57,9 @@ class Line:
         return [name for name in REPLACEMENTS if name != "self" and all(name in found for found in there)]
 
 
-def lines(study: Study) -> list[Line]:
-    """The rows of which at least one seed is done, in the order of the study."""
-    return [Line(row, runs) for row in study.rows if (runs := outcomes(study, row))]
+def lines(study: Study, test: Test | None = None) -> list[Line]:
+    """The rows of which at least one seed is done, in the order of the study; by default in the main test."""
+    return [Line(row, runs) for row in study.rows if (runs := outcomes(study, row, test))]
 
 
 def page(study: Study, command: str, picture: str | None = None) -> str:
@@ -119,9 +119,33 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
                 gain, *ends = line.gain(best)
                 shown += [f"{100 * gain:+.1f} ({best})", in_points(ends)]
             parts.append(f"| {line.row.base} | {line.row.name} | " + " | ".join(shown) + " |")
+    for test in study.also:
+        parts += ["", *_further(study, test)]
     parts += ["", "| row | what it is |", "|---|---|"]
     parts += [f"| {line.row.name} | {line.row.about} |" for line in done]
     return "\n".join(parts) + "\n"
+
+
+def _further(study: Study, test: Test) -> list[str]:
+    """The table of a further test."""
+    levels = ", ".join(map(str, test.levels))
+    parts = [
+        f"**{test.name}**: {test.n} held-out `{test.task}` maps of sides {levels}.",
+        "",
+        f"| base | row | seeds | accuracy | 95 % | − {study.against} | 95 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    done = lines(study, test)
+    reference = next((line for line in done if line.row.name == study.against), None)
+    for line in done:
+        mean, low, high = line.accuracy()
+        ahead = ("", "")
+        if reference is not None and line is not reference:
+            difference, *ends = line.ahead(reference)
+            ahead = (f"{100 * difference:+.1f}", in_points(ends))
+        numbers = (f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead)
+        parts.append("| " + " | ".join(map(str, (line.row.base, line.row.name, len(line.runs), *numbers))) + " |")
+    return parts
 
 
 def draw(study: Study, path: str | Path) -> None:

@@ -22,8 +22,10 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
 from mirage_vlm.modeling.feedback import Feedback, same_weights
+from mirage_vlm.modeling.pooling import LEARNT
 
 FEEDBACK_FILE = "latent_feedback.safetensors"
+POOLING_FILE = "latent_pooling.safetensors"
 
 
 class Pretrained(nn.Module):
@@ -34,6 +36,7 @@ class Pretrained(nn.Module):
     image_processor: Any
     config: LatentConfig
     feedback: Feedback
+    pooling: nn.Module
 
     @classmethod
     def from_pretrained(
@@ -71,11 +74,15 @@ class Pretrained(nn.Module):
         kept = same_weights(config.feedback, saved.feedback)
         if kept and hasattr(vlm.feedback, "table") and config.codes != saved.codes:
             raise MirageError(f"{path}: its table has {saved.codes} codes and cannot be made one of {config.codes}")
-        if kept and vlm.feedback.state_dict():
-            weights = Path(path) / FEEDBACK_FILE
-            if not weights.exists():
-                raise MirageError(f"{path}: feedback {config.feedback!r} has weights, but {FEEDBACK_FILE} is missing")
-            vlm.feedback.load_state_dict(load_file(weights))
+        if config.pooling == saved.pooling in LEARNT and config.latent_size != saved.latent_size:
+            raise MirageError(
+                f"{path}: its {saved.pooling} gives {saved.latent_size} latents and cannot be made to give "
+                f"{config.latent_size}"
+            )
+        if kept:
+            _load_part(vlm.feedback, path, FEEDBACK_FILE, f"feedback {config.feedback!r}")
+        if config.pooling == saved.pooling:
+            _load_part(vlm.pooling, path, POOLING_FILE, f"pooling {config.pooling!r}")
         return vlm.to(device).eval() if device is not None else vlm.eval()
 
     @classmethod
@@ -150,17 +157,27 @@ class Pretrained(nn.Module):
         """
         if state is None:
             state = self.state_dict()
-        model, feedback = (
+        model, *parts = (
             {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
-            for part in ("model.", "feedback.")
+            for part in ("model.", "feedback.", "pooling.")
         )
         self.config.write(self.model.config)
         self.model.save_pretrained(folder, state_dict=model)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        weights = {name: tensor.contiguous() for name, tensor in feedback.items()}
-        if weights:
-            (folder / FEEDBACK_FILE).write_bytes(save(weights))
+        for weights, file in zip(parts, (FEEDBACK_FILE, POOLING_FILE), strict=True):
+            if weights:
+                (folder / file).write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+
+
+def _load_part(part: nn.Module, path: str | Path, file: str, what: str) -> None:
+    """Read the weights of a part beside the model, if it has any."""
+    if not part.state_dict():
+        return
+    weights = Path(path) / file
+    if not weights.exists():
+        raise MirageError(f"{path}: {what} has weights, but {file} is missing")
+    part.load_state_dict(load_file(weights))
 
 
 def has_latents(path: str | Path) -> bool:

@@ -37,6 +37,10 @@ class Pictures:
         """Their names by content; see `picture_keys`."""
         return picture_keys(self.pixel_values, self.grid_thw)
 
+    def first(self) -> Pictures:
+        """The first of them alone, on the same memory."""
+        return Pictures(self.pixel_values[: int(self.grid_thw[0].prod())], self.grid_thw[:1])
+
     @staticmethod
     def join(parts: Sequence[Pictures | None]) -> Pictures | None:
         """All pictures of several examples in one; None where there are none."""
@@ -67,10 +71,10 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of its tensors; what two of them share counts once."""
         pictures = [p for p in (self.images, self.helpers) if p is not None]
         tensors = [self.input_ids, self.labels, *(p.pixel_values for p in pictures)]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Encoder:
         prompt, images = self.prompt(trajectory.prompt)
         helpers = None
         if targets or self.config.pooling == "full":
-            helpers = self.pictures([self.target_picture(span, trajectory) for span in trajectory.spans])
+            helpers = self._target_pictures(trajectory, images)
         grids = [None] * len(trajectory.spans) if helpers is None else list(helpers.grid_thw)
         lengths = [self._span_length(span, grid) for span, grid in zip(trajectory.spans, grids, strict=True)]
         text = render_response(trajectory.response, lengths) + self.tokenizer.eos_token
@@ -188,6 +192,14 @@ class Encoder:
         if span.helper is None:
             raise MirageError("a latent span has no helper image, so it cannot be trained on")
         return span.helper
+
+    def _target_pictures(self, trajectory: Trajectory, images: Pictures | None) -> Pictures | None:
+        """The picture of each span's targets, processed; the prompt's own is not processed again."""
+        shown = [self.target_picture(span, trajectory) for span in trajectory.spans]
+        if self.config.target != "prompt" or not shown or images is None:
+            return self.pictures(shown)
+        first = images.first()
+        return first if len(shown) == 1 else Pictures.join([first] * len(shown))
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         scale = self.config.image_scale

@@ -15,7 +15,7 @@ from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Patches, build_feedback
-from mirage_vlm.modeling.pooling import Targets, check_pooling, patch_boxes, pool, region_averages, with_places
+from mirage_vlm.modeling.pooling import Targets, build_pooling, patch_boxes, region_averages, with_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,7 +40,6 @@ class LatentVLM(Pretrained):
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, config: LatentConfig):
         super().__init__()
-        check_pooling(config.pooling)
         self.model = model
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -49,6 +48,7 @@ class LatentVLM(Pretrained):
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         self.encoder = Encoder(tokenizer, image_processor, config, self.family)
         self.feedback = build_feedback(config.feedback, self.width, config.codes).to(model.device, model.dtype)
+        self.pooling = build_pooling(config.pooling, self.width, config.latent_size).to(model.device, model.dtype)
         config.write(model.config)
 
     # -- what a latent span means ------------------------------------------------------------------------------
@@ -98,20 +98,20 @@ class LatentVLM(Pretrained):
         boxes = whole if regions is None else regions.split(list(lengths))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             features = self.image_features(pixel_values, grid_thw, keys)
-            pooled = []
-            for patches, grid, k, own in zip(features, grid_thw, lengths, boxes, strict=True):
-                shape = self.family.merged_grid(grid)
-                if own is None or bool(own[0].isnan().all()):
-                    whole_pooled = pool(patches, shape, k, self.config.pooling)
-                    pooled.append(Targets(whole_pooled, torch.arange(k, device=patches.device)))
-                    continue
-                several = own.view(k, -1, 4)
-                there = ~several[..., 0].isnan()  # [k, m]
-                shown = region_averages(patches, shape, several[there])
-                if self.config.places:
-                    shown = with_places(shown, several[there], shape)
-                pooled.append(Targets(shown, there.nonzero()[:, 0].to(patches.device)))
-            return Targets.join(pooled)
+        pooled = []
+        for patches, grid, k, own in zip(features, grid_thw, lengths, boxes, strict=True):
+            shape = self.family.merged_grid(grid)
+            if own is None or bool(own[0].isnan().all()):
+                targets = self.pooling(patches, shape, k)
+                pooled.append(Targets(targets, torch.arange(len(targets), device=patches.device)))
+                continue
+            several = own.view(k, -1, 4)
+            there = ~several[..., 0].isnan()  # [k, m]
+            shown = region_averages(patches, shape, several[there])
+            if self.config.places:
+                shown = with_places(shown, several[there], shape)
+            pooled.append(Targets(shown, there.nonzero()[:, 0].to(patches.device)))
+        return Targets.join(pooled)
 
     # -- the pieces of a forward pass --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mirage_vlm.errors import MirageError
 
@@ -87,6 +88,10 @@ class Targets:
         """[n, D] the targets themselves."""
         return self.mean(self.parts)
 
+    def detach(self) -> Targets:
+        """The same without a graph."""
+        return Targets(self.parts.detach(), self.owner)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """[m, ...] values of parts → [n, ...] their means."""
         counts = torch.bincount(self.owner)
@@ -143,12 +148,68 @@ def patch_boxes(grid: tuple[int, int]) -> torch.Tensor:
     return boxes.flatten(0, 1)
 
 
+class Resampler(nn.Module):
+    """k learnt queries; the target of each is a mixture of the patches it attends to.
+
+    One layer of the resamplers of vision-language models (arXiv 2204.14198), which leaves features in their own space:
+    it begins near the mean of all patches and learns, by cross-entropy on the text, where each latent should look. A
+    target has the mean place of its patches in its query's eyes only, as with `average`.
+
+    Args:
+        width: D.
+        k: the most latents of a span.
+    """
+
+    def __init__(self, width: int, k: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(k, width, generator=torch.Generator().manual_seed(0)))
+        self.key = nn.Linear(width, width, bias=False)
+
+    def forward(self, features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+        """[n, D] merged patch features in raster order → [k, D] targets.
+
+        Raises:
+            MirageError: k is larger than the number of queries.
+        """
+        if k > len(self.queries):
+            raise MirageError(
+                f"a span wants k = {k} latents, but the resampler has {len(self.queries)} queries; raise latent_size"
+            )
+        width = features.shape[1]
+        places = place_code(patch_boxes(grid), grid, width).to(features) * width**0.5
+        keys = self.key(F.rms_norm(features, (width,)) + places)  # [n, D]
+        return (self.queries[:k] @ keys.T / width**0.5).softmax(dim=1) @ features
+
+
+class Fixed(nn.Module):
+    """A pooling without weights."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, features: torch.Tensor, grid: tuple[int, int], k: int) -> torch.Tensor:
+        return pool(features, grid, k, self.name)
+
+
 POOLINGS: dict[str, Pooling] = {
     "average": average,
     "grid": grid_average,
     "random": random_patches,
     "full": full,
 }
+LEARNT: dict[str, type[nn.Module]] = {"resampler": Resampler}  # built with width and latent_size
+POOLING_NAMES = (*POOLINGS, *LEARNT)
+
+
+def build_pooling(name: str, width: int, latent_size: int) -> nn.Module:
+    """The pooling of that name, as a module that takes features, grid and k.
+
+    Raises:
+        MirageError: there is none of that name.
+    """
+    check_pooling(name)
+    return LEARNT[name](width, latent_size) if name in LEARNT else Fixed(name)
 
 
 def check_pooling(name: str) -> str:
@@ -157,8 +218,8 @@ def check_pooling(name: str) -> str:
     Raises:
         MirageError: there is none.
     """
-    if name not in POOLINGS:
-        raise MirageError(f"unknown pooling {name!r}; choose one of {', '.join(POOLINGS)}")
+    if name not in POOLING_NAMES:
+        raise MirageError(f"unknown pooling {name!r}; choose one of {', '.join(POOLING_NAMES)}")
     return name
 
 

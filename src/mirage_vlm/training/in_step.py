@@ -71,7 +71,7 @@ def make_up(vlm: LatentVLM, taken: int, own: Needs, all_need: Needs) -> torch.Te
     if all_need.vision > own.vision:
         zero = zero + _touch(vlm.vision_tower)
     if all_need.feedback > own.feedback:
-        zero = zero + _touch(vlm.feedback)
+        zero = zero + _touch(vlm.feedback) + _touch(vlm.pooling)
     token = torch.full((1, 1), vlm.tokenizer.eos_token_id, device=vlm.device)
     with checkpoint_with_cache(vlm.language_model):
         for _ in range(all_need.passes - taken):

@@ -71,7 +71,8 @@ def stage1(
 
     Args:
         alignment: in place of the cosine.
-        detach_targets: no gradient into the vision tower through the targets.
+        detach_targets: no gradient into the vision tower through the targets, and none through what a latent is to be
+            like; a learnt pooling learns from the text alone.
         visibility: who may look at pictures; see `mirage_vlm.training.visibility`.
     """
     if not bool((batch.input_ids == vlm.config.pad_id).any()):
@@ -81,7 +82,8 @@ def stage1(
         raise ValueError("stage 1 needs the helper images of its spans; collate with targets=True")
     consumed = vlm.feedback.consumed(targets)
     hidden = forward_given(vlm, batch, consumed, visibility)
-    return _token_loss(vlm, batch, hidden, _align(vlm, batch, hidden, targets, alignment), consumed)
+    align = _align(vlm, batch, hidden, targets.detach() if detach_targets else targets, alignment)
+    return _token_loss(vlm, batch, hidden, align, consumed)
 
 
 def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> Targets | None:
@@ -137,7 +139,9 @@ def stage2(
         stand_in = vlm.feedback.consumed(targets)
         given = stand_in, torch.rand(len(stand_in), device=stand_in.device) >= own_share
     hidden, latents = forward_own(vlm, batch, latent_iterations, visibility=visibility, given=given)
-    align = None if targets is None else _align(vlm, batch, hidden, targets, alignment)
+    align = None
+    if targets is not None:
+        align = _align(vlm, batch, hidden, targets.detach() if detach_targets else targets, alignment)
     return _token_loss(vlm, batch, hidden, align, latents if len(latents) else None)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.config import STOP_RULES, TARGETS
 from mirage_vlm.modeling.feedback import FEEDBACKS
-from mirage_vlm.modeling.pooling import POOLINGS
+from mirage_vlm.modeling.pooling import POOLING_NAMES
 from mirage_vlm.modeling.scratch import ScratchConfig
 from mirage_vlm.settings import Where, read_settings
 from mirage_vlm.training.align import ALIGNMENTS
@@ -216,7 +216,7 @@ def check(recipe: Recipe, where: Where) -> None:
     model, train = recipe.model, recipe.train
     one_of(recipe.stage, "stage", STAGES)
     require((model.path is None) != (model.scratch is None), "model", "give one of path and scratch")
-    one_of(model.pooling, "model.pooling", list(POOLINGS))
+    one_of(model.pooling, "model.pooling", POOLING_NAMES)
     one_of(model.feedback, "model.feedback", list(FEEDBACKS))
     one_of(model.stop_rule, "model.stop_rule", STOP_RULES)
     one_of(model.target, "model.target", TARGETS)

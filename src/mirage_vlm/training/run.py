@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
     # of these a process without pictures, or without spans, makes no gradient
-    sometimes = [*vlm.vision_tower.parameters(), *vlm.feedback.parameters()]
+    sometimes = [p for part in (vlm.vision_tower, vlm.feedback, vlm.pooling) for p in part.parameters()]
     arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
     kept = Kept(examples, vlm.encoder, recipe.needs_targets, recipe.train.keep_examples * 2**30)
     trainer = LatentTrainer(
@@ -124,6 +124,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
             vlm = LatentVLM.from_base(wanted.path, **options, **latent)
     vlm.vision_tower.requires_grad_(not wanted.freeze_vision)
     vlm.feedback.requires_grad_(recipe.stage != "sft")  # which does not read it
+    vlm.pooling.requires_grad_(recipe.needs_targets)
     if wanted.lora is not None:
         add_adapters(vlm, wanted.lora)
     if recipe.train.feature_cache is not None:
