@@ -118,6 +118,47 @@ def make(
 
 
 @app.command()
+def mix(
+    task: Annotated[str, typer.Argument(help="Name of the task, such as vsp-planning.")],
+    model: Annotated[str, typer.Option(help="The checkpoint whose answers decide.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or absent.")],
+    sure: Annotated[Style, typer.Option(help="Responses where its answer is right.")] = Style.PLAIN,
+    unsure: Annotated[Style, typer.Option(help="Responses where it is wrong.")] = Style.CELLS,
+    levels: Annotated[str, typer.Option(help="Side lengths of the maps.")] = "3,4,5,6",
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of training examples.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the maps.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most positions of an answer.")] = 64,
+    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+) -> None:
+    """Make training data for spans only where a checkpoint needs them: each response by what it answers without."""
+    from rich.console import Console
+
+    from mirage_vlm.cli.options import load_model, progress_bar
+    from mirage_vlm.evaluation.mix import mix_by_answers
+    from mirage_vlm.tasks.make import check_empty, write_splits
+
+    check_empty(out)
+    vlm = load_model(model, device)
+    with progress_bar(Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=n)
+        mixed = mix_by_answers(
+            vlm,
+            task,
+            parse_levels(levels),
+            n,
+            sure=sure.value,
+            unsure=unsure.value,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            progress=lambda count: progress.advance(bar, count),
+        )
+        writing = progress.add_task("writing", total=n)
+        write_splits({"train": mixed}, out, lambda done, total: progress.update(writing, completed=done, total=total))
+    right = sum(mixed.right)
+    typer.echo(f"{out}: {_count(n, 'training example')}, {right} {sure.value} and {n - right} {unsure.value}")
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A JSONL file or a dataset folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="What to write; it must not exist.")],

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -116,22 +116,36 @@ def write_dataset(
     Raises:
         MirageError: an argument is out of range, `out` is not empty or cannot be written.
     """
-    out = Path(out)
     n_test = max(100, n // 10) if n_test is None else n_test
-    splits = [GeneratedDataset(task, levels, n, seed, style, "train", cell)]
+    splits = {"train": GeneratedDataset(task, levels, n, seed, style, "train", cell)}
     if n_test:
-        splits.append(GeneratedDataset(task, levels, n_test, seed, style, "test", cell))
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise MirageError(f"{out} is not an empty folder; name another one or remove it first")
+        splits["test"] = GeneratedDataset(task, levels, n_test, seed, style, "test", cell)
+    return write_splits(splits, out, progress)
+
+
+def write_splits(
+    splits: Mapping[str, Sequence[Trajectory]], out: str | Path, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Write each split to `<name>.jsonl` and all pictures to `images/`, in the folder `out`, which is whole or absent.
+
+    Args:
+        progress: called with (examples written, examples in all) after each.
+
+    Raises:
+        MirageError: `out` is not empty or cannot be written.
+    """
+    out = Path(out)
+    check_empty(out)
+    total = sum(map(len, splits.values()))
     partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     try:
         (partial / "images").mkdir(parents=True)
         done = 0
-        for dataset in splits:
-            for _ in _write_split(dataset, partial):
+        for name, examples in splits.items():
+            for _ in _write_split(name, examples, partial):
                 done += 1
                 if progress:
-                    progress(done, n + n_test)
+                    progress(done, total)
         if out.is_dir():
             out.rmdir()
         partial.rename(out)
@@ -142,11 +156,21 @@ def write_dataset(
     return out
 
 
-def _write_split(dataset: GeneratedDataset, folder: Path) -> Iterator[None]:
+def check_empty(out: Path) -> None:
+    """Whether a folder can be written anew.
+
+    Raises:
+        MirageError: there is a file, or something in it.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise MirageError(f"{out} is not an empty folder; name another one or remove it first")
+
+
+def _write_split(split: str, examples: Sequence[Trajectory], folder: Path) -> Iterator[None]:
     """Write one JSONL file and its pictures; yields after each example."""
-    with (folder / f"{dataset.split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-        for i, trajectory in enumerate(dataset):
-            names = (f"images/{dataset.split}-{i:06d}-{number}.png" for number in range(1_000))
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
+        for i, trajectory in enumerate(examples):
+            names = (f"images/{split}-{i:06d}-{number}.png" for number in range(1_000))
 
             def save(image: Image, names: Iterator[str] = names) -> str:
                 name = next(names)
