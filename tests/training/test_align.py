@@ -99,6 +99,15 @@ def test_code_is_cross_entropy_on_the_nearest_entry(pair):
         assert found[i].item() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["cosine", "whitened", "contrastive"])
+def test_under_autocast_the_loss_is_in_full_precision(pair, name):
+    alignment = ALIGNMENTS[name]()
+    alignment.fit(torch.randn(100, 5, generator=torch.Generator().manual_seed(3)))
+    exact = alignment(IDENTITY, pair[0], single(pair[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(alignment(IDENTITY, pair[0], single(pair[1])), exact)
+
+
 def test_code_asks_for_all_parts_alike(pair):
     predicting, targets = pair
     codebook = build_feedback("codebook", 5, codes=4)

@@ -196,8 +196,25 @@ def test_resume_without_a_checkpoint_starts_afresh(recipe, tmp_path):
 def test_a_metrics_line_cut_short_is_dropped(tmp_path):
     path = tmp_path / METRICS_FILE
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    MetricsFile(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
+    MetricsFile(path, 5).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=1), None)
     assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_seconds_go_on_over_a_resume(tmp_path, monkeypatch):
+    """60 s to step 2, of which the lines were lost, come from its checkpoint; then 7 s more."""
+    clock = iter((1_000.0, 1_000.0, 1_007.0, 1_009.0))
+    monkeypatch.setattr("mirage_vlm.training.trainer.time.monotonic", lambda: next(clock))
+    path = tmp_path / METRICS_FILE
+    path.write_text("".join(f'{{"step": {step}, "seconds": {30.0 * step}}}\n' for step in (1, 2, 3)))
+    file = MetricsFile(path, 5)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2)
+    file.on_train_begin(None, state, None)
+    state.global_step = 3
+    file.on_log(None, state, None, {"loss": 1.0})
+    file.on_log(None, state, None, {"train_runtime": 9.0})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["seconds"]) for line in lines] == [(1, 30), (2, 60), (3, 67), (3, 69)]
+    assert lines[-1]["examples"] == 5
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

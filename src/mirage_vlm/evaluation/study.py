@@ -288,8 +288,8 @@ def outcomes(study: Study, row: Row, test: Test | None = None) -> list[Outcome]:
                 seed,
                 results,
                 sum(last["step"] for last in lasts),
-                sum(last["train_runtime"] for last in lasts),
-                sum(source.n for source in recipes[-1].data),
+                sum(last["seconds"] for last in lasts),
+                lasts[-1]["examples"],
             )
         )
     return found

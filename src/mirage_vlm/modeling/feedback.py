@@ -242,18 +242,10 @@ class Pause(Feedback):
 
     def __init__(self, width: int, codes: int):
         super().__init__(width, codes)
-        self.vector = nn.Parameter(torch.zeros(width))
+        self.vector = nn.Parameter(0.02 * torch.randn(width, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, hidden: torch.Tensor, patches: Patches | None = None) -> torch.Tensor:
         return self.vector.expand_as(hidden)
-
-    def fit(self, targets: torch.Tensor) -> None:
-        """Start at the mean target."""
-        self.vector.data.copy_(targets.mean(dim=0))
-
-    @property
-    def fitted(self) -> bool:
-        return bool(self.vector.any())
 
     def consumed(self, targets: Targets) -> torch.Tensor:
         return self.vector.expand_as(targets.pooled)

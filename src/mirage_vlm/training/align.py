@@ -88,7 +88,9 @@ class WhitenedError(Alignment):
     ) -> torch.Tensor:
         if not self.fitted:
             raise RuntimeError("fit it to targets first")
-        found, wanted = ((x.float() - self.mean) @ self.whiten for x in (feedback(predicting, patches), targets.pooled))
+        found, wanted = feedback(predicting, patches).float(), targets.pooled.float()
+        with torch.autocast(found.device.type, enabled=False):
+            found, wanted = ((x - self.mean) @ self.whiten for x in (found, wanted))
         return (found - wanted).square().mean(dim=-1)
 
 
@@ -103,8 +105,9 @@ class Contrastive(Alignment):
     ) -> torch.Tensor:
         found, wanted = (F.normalize(x.float(), dim=-1) for x in (feedback(predicting, patches), targets.pooled))
         own = torch.eye(len(wanted), dtype=torch.bool, device=wanted.device)
-        twins = (wanted @ wanted.T > SAME) & ~own
-        logits = (found @ wanted.T / TEMPERATURE).masked_fill(twins, -torch.inf)
+        with torch.autocast(wanted.device.type, enabled=False):  # its half precision would not tell twins
+            twins, logits = (wanted @ wanted.T > SAME) & ~own, found @ wanted.T / TEMPERATURE
+        logits = logits.masked_fill(twins, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(wanted), device=wanted.device), reduction="none")
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.training.align import Alignment, Cosine
 from mirage_vlm.training.own import forward_own
-from mirage_vlm.training.rollout import Batch, forward_given, span_runs
+from mirage_vlm.training.rollout import Batch, embeddings, forward_given, span_runs
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -80,9 +80,9 @@ def stage1(
     targets = targets_of(vlm, batch, detach_targets)
     if targets is None:
         raise ValueError("stage 1 needs the helper images of its spans; collate with targets=True")
-    consumed = vlm.feedback.consumed(targets)
-    hidden = forward_given(vlm, batch, consumed, visibility)
-    align = _align(vlm, batch, hidden, targets.detach() if detach_targets else targets, alignment)
+    consumed, embeds = vlm.feedback.consumed(targets), embeddings(vlm, batch)
+    hidden = forward_given(vlm, batch, consumed, visibility, embeds)
+    align = _align(vlm, batch, embeds, hidden, targets.detach() if detach_targets else targets, alignment)
     return _token_loss(vlm, batch, hidden, align, consumed)
 
 
@@ -96,15 +96,18 @@ def targets_of(vlm: LatentVLM, batch: Batch, detach: bool = True) -> Targets | N
 
 
 def _align(
-    vlm: LatentVLM, batch: Batch, hidden: torch.Tensor, targets: Targets, alignment: Alignment | None
+    vlm: LatentVLM,
+    batch: Batch,
+    embeds: torch.Tensor,
+    hidden: torch.Tensor,
+    targets: Targets,
+    alignment: Alignment | None,
 ) -> torch.Tensor:
     """Scalar, the alignment summed over the latents: the state at t − 1 predicts the latent at t."""
     latent = batch.input_ids[:, 1:] == vlm.config.pad_id
-    patches = None
-    if vlm.feedback.reads_patches:
-        embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
-        found = vlm.patches_of(batch.input_ids, embeds, batch.grid_thw)
-        patches = None if found is None else found.pick(latent.nonzero()[:, 0])
+    patches = vlm.patches_of(batch.input_ids, embeds, batch.grid_thw)
+    if patches is not None:
+        patches = patches.pick(latent.nonzero()[:, 0])
     chosen = Cosine() if alignment is None else alignment
     return chosen(vlm.feedback, hidden[:, :-1][latent], targets, patches).sum()
 
@@ -138,10 +141,11 @@ def stage2(
             raise ValueError("targets can stand in the place of latents only with helper images; collate with targets")
         stand_in = vlm.feedback.consumed(targets)
         given = stand_in, torch.rand(len(stand_in), device=stand_in.device) >= own_share
-    hidden, latents = forward_own(vlm, batch, latent_iterations, visibility=visibility, given=given)
+    embeds = embeddings(vlm, batch)
+    hidden, latents = forward_own(vlm, batch, latent_iterations, visibility=visibility, given=given, embeds=embeds)
     align = None
     if targets is not None:
-        align = _align(vlm, batch, hidden, targets.detach() if detach_targets else targets, alignment)
+        align = _align(vlm, batch, embeds, hidden, targets.detach() if detach_targets else targets, alignment)
     return _token_loss(vlm, batch, hidden, align, latents if len(latents) else None)
 
 

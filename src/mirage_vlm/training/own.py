@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mirage_vlm.modeling.segment_cache import SegmentCache, checkpoint_with_cache
-from mirage_vlm.training.rollout import Batch, Run, span_runs
+from mirage_vlm.training.rollout import Batch, Run, embeddings, span_runs
 from mirage_vlm.training.visibility import blind_positions, mask_of
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def forward_own(
     *,
     visibility: str = "full",
     given: tuple[torch.Tensor, torch.Tensor] | None = None,
+    embeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Roll the batch out with the model's own latents, the gradient flowing through each of them.
 
@@ -92,6 +93,7 @@ def forward_own(
         visibility: who may look at pictures; see `mirage_vlm.training.visibility`.
         given: latents that are not the model's own: [latent positions of the batch, D] vectors in row order, and
             [latent positions] which of them are taken.
+        embeds: `embeddings` of the batch, where they are known already.
 
     Returns:
         hidden: [B, T, D] hidden states after the final norm, at the positions of `batch.input_ids`; zeros in padding.
@@ -100,7 +102,8 @@ def forward_own(
     """
     spans = span_runs(batch.input_ids, vlm.config.pad_id)
     cut = stretches(spans, batch.attention_mask.sum(dim=1).tolist(), iterations > 0)
-    roll = _Roll(vlm, batch, cut, spans, visibility, given)
+    embeds = embeddings(vlm, batch) if embeds is None else embeds
+    roll = _Roll(vlm, batch, embeds, cut, spans, visibility, given)
     with checkpoint_with_cache(vlm.language_model):
         for i in range(len(cut)):
             roll.read(i, iterations)
@@ -118,6 +121,7 @@ class _Roll:
         self,
         vlm: LatentVLM,
         batch: Batch,
+        embeds: torch.Tensor,
         cut: list[Stretch],
         spans: list[list[Run]],
         visibility: str,
@@ -147,7 +151,6 @@ class _Roll:
         self.ids = ids.gather(1, at)  # [B, W]
         positions = vlm.positions(ids, batch.attention_mask, batch.grid_thw)
         self.positions = positions.gather(2, at.expand(len(positions), -1, -1))  # [3, B, W]
-        embeds = vlm.embed_prompt(ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
         self.texts = _take(embeds, at).split([stretch.width for stretch in cut], dim=1)  # [B, width, D] each
         self.recast = vlm.recast
         if (patches := vlm.patches_of(ids, embeds, batch.grid_thw)) is not None:

@@ -58,17 +58,29 @@ def span_runs(input_ids: torch.Tensor, pad_id: int) -> list[list[Run]]:
     return runs
 
 
-def forward_given(vlm: LatentVLM, batch: Batch, latents: torch.Tensor | None, visibility: str = "full") -> torch.Tensor:
+def embeddings(vlm: LatentVLM, batch: Batch) -> torch.Tensor:
+    """[B, T, D] input embeddings of a batch with its pictures in place; latent positions hold that of `latent_pad`."""
+    return vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
+
+
+def forward_given(
+    vlm: LatentVLM,
+    batch: Batch,
+    latents: torch.Tensor | None,
+    visibility: str = "full",
+    embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One pass with given latents (teacher forcing).
 
     Args:
         latents: [latent positions of the batch, D] input embeddings for them, in row order.
         visibility: who may look at pictures; see `mirage_vlm.training.visibility`. Packed rows know `full` alone.
+        embeds: `embeddings` of the batch, where they are known already.
 
     Returns:
         [B, T, D] hidden states after the final norm.
     """
-    embeds = vlm.embed_prompt(batch.input_ids, batch.pixel_values, batch.grid_thw, batch.picture_keys)
+    embeds = embeddings(vlm, batch) if embeds is None else embeds
     if latents is not None:
         places = (batch.input_ids == vlm.config.pad_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(places, latents.to(embeds.dtype))

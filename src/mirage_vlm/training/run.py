@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             for source, opened in zip(recipe.data, examples.sources, strict=True):
                 check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
         alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
-        fit(vlm, alignment, examples, recipe)
+        fit(vlm, alignment, examples, recipe, arguments.device)
     if arguments.process_index == 0:
         output.mkdir(parents=True, exist_ok=True)
         (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             pack=recipe.train.pack,
             keys=vlm.feature_store is not None,
         ),
-        callbacks=[MetricsFile(output / METRICS_FILE)],
+        callbacks=[MetricsFile(output / METRICS_FILE, len(examples))],
     )
     if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
         trainer.load_weights(last)  # the run was over; transformers would train one step more
@@ -134,11 +134,19 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     return vlm
 
 
-def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe) -> None:
+def fit(
+    vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe, device: torch.device | None = None
+) -> None:
     """Let what is made from targets be made: the alignment, and the feedback where it did not come with a checkpoint.
 
+    Every process does it for itself, from the same sample.
+
+    Args:
+        device: where the vision tower looks at the sample; the rest of the model is left where it is.
+
     Raises:
-        MirageError: the alignment and the feedback do not go together, or there are too few targets.
+        MirageError: the alignment and the feedback do not go together, there are too few targets, or the vision tower's
+            weights are in another process.
     """
     if vlm.feedback.reads_patches and recipe.train.pack:
         raise MirageError("train.pack: a pointer would see the pictures of the other examples of its row; leave it out")
@@ -150,24 +158,34 @@ def fit(vlm: LatentVLM, alignment: Alignment, examples: Examples, recipe: Recipe
     parts = [part for part in used if not part.fitted]
     if recipe.stage == "sft" or not parts:
         return
+    if any(parameter.is_meta for parameter in vlm.vision_tower.parameters()):
+        raise MirageError(
+            f"{type(parts[0]).__name__.lower()} is made of targets, which needs the vision tower in every process: "
+            "turn off fsdp_cpu_ram_efficient_loading"
+        )
+    home = vlm.device
+    device = device or home
+    looking = (vlm.vision_tower.to(device), vlm.pooling.to(device))
     found: list[Targets] = []
     collate = Collator(vlm.encoder, targets=True)
     order = random.Random(0).sample(range(len(examples)), len(examples))
     for start in range(0, len(order), FIT_BATCH):
         few = [example for example in map(examples.__getitem__, order[start : start + FIT_BATCH]) if example.spans]
         if few:
-            batch = Batch(**{k: v.to(vlm.device) if hasattr(v, "to") else v for k, v in collate(few).items()})
+            batch = Batch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in collate(few).items()})
             with torch.no_grad():
                 targets = targets_of(vlm, batch)
             assert targets is not None
             found.append(targets)
         if sum(len(targets.parts) for targets in found) >= FIT_TARGETS:
             break
+    for module in looking:
+        module.to(home)
     if not found:
         raise MirageError("the data has no latent spans to learn targets from")
     sample = Targets.join(found)
     for part in parts:
-        part.fit((sample.parts if isinstance(part, Feedback) else sample.pooled).float())
+        part.fit((sample.parts if isinstance(part, Feedback) else sample.pooled).to(home).float())
 
 
 def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:

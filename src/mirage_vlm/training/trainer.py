@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -303,20 +304,33 @@ class LatentTrainer(transformers.Trainer):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to `metrics.jsonl`; on resume, lines after the checkpoint's step are dropped."""
+    """Appends every log to `metrics.jsonl`; on resume, lines after the checkpoint's step are dropped.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Each line has `seconds`, of training so far, those of interrupted processes up to their last checkpoint with them.
+
+    Args:
+        path: the file.
+        examples: different ones that are trained on, which the last line says.
+    """
+
+    def __init__(self, path: Path, examples: int):
+        self.path, self.examples = path, examples
+        self.before, self.began = 0.0, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
         if not state.is_world_process_zero or not self.path.exists():
             return
         *whole, _cut_short = self.path.read_text().split("\n")  # what follows the last line break is half a line
         kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
         with atomic_writer(self.path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
+        self.before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, **logs, "seconds": self.before + time.monotonic() - self.began}
+            if "train_runtime" in logs:
+                line["examples"] = self.examples
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps(line) + "\n")
