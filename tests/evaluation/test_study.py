@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from mirage_vlm.cli.options import load_model
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation import study as study_module
 from mirage_vlm.evaluation.intervals import ahead_over_seeds, over_seeds, student
-from mirage_vlm.evaluation.study import correct, load_study, outcomes, recipes_of, run_row
+from mirage_vlm.evaluation.study import Taken, correct, load_study, outcomes, recipes_of, run_row
 from mirage_vlm.evaluation.study_report import lines, page
 from mirage_vlm.training import run
 from mirage_vlm.training.recipe import load_recipe
@@ -100,6 +102,22 @@ def test_what_is_done_is_not_done_again(done, monkeypatch):
     for row in done.rows:
         run_row(done, row, 1, load_model, told.append)
     assert len(told) == 4 and all(line.endswith(".json: is there") for line in told)
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(folder, done, capsys):
+    place = done.folder(done.row("plain"), 2)
+    code = "import sys, time, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('mine', flush=True)"
+    code += "; time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code, str(place / ".lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(Taken, match="plain/seed-2: another process is at it"):
+            run_row(done, done.row("plain"), 2, load_model, lambda line: None)
+        with pytest.raises(SystemExit) as end:
+            command(["study", str(folder / "study.yaml"), "--rows", "plain"])
+        other.kill()
+    told = capsys.readouterr().out
+    assert not end.value.code and "seed-2: another process is at it" in told and "seed-1/results.json: is there" in told
+    run_row(done, done.row("plain"), 2, load_model, lambda line: None)  # the lock of a dead process is no lock
 
 
 def test_results_of_another_study_are_refused(folder, done, tmp_path):

@@ -18,10 +18,13 @@ def study(
     report: Annotated[Path | None, typer.Option(help="Run nothing; write the tables of what is done here.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Run nothing; draw what is done, as .png or .svg.")] = None,
 ) -> None:
-    """Train and test what is not done yet. A study that was stopped goes on where it was."""
+    """Train and test what is not done yet. A study that was stopped goes on where it was.
+
+    Start it several times to work at several runs at once.
+    """
     from mirage_vlm.cli.options import load_model, parse_levels
     from mirage_vlm.errors import MirageError
-    from mirage_vlm.evaluation.study import load_study, run_row
+    from mirage_vlm.evaluation.study import Taken, load_study, run_row
     from mirage_vlm.evaluation.study_report import draw, lines, page
     from mirage_vlm.formats import atomic_writer
 
@@ -42,4 +45,7 @@ def study(
         return
     for seed in numbers:
         for row in wanted:
-            run_row(found, row, seed, load_model, typer.echo)
+            try:
+                run_row(found, row, seed, load_model, typer.echo)
+            except Taken as other:
+                typer.echo(str(other))

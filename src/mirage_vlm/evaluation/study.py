@@ -4,8 +4,8 @@
     <output>/<row>/seed-<s>/results.json       its evaluation
     <output>/<row>/seed-<s>/results-<test>.json  that of each further test
 
-Whatever is there already is not done again, and a run that was killed goes on from its newest checkpoint. Rows may be
-run by several processes at once, as long as no two run the same row and seed.
+Whatever is there already is not done again, and a run that was killed goes on from its newest checkpoint. Several
+processes may work at a study at once: each takes the runs that no other is at.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 DRAWN_AS = "plain"  # all rows are tested on the same examples, whatever their style
 HELPER = ("no", "training", "both")  # where a row sees the helper image
+
+
+class Taken(MirageError):
+    """A run that another process is at."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,19 @@ def run_row(
         Its results.json.
 
     Raises:
+        Taken: another process is at it.
         MirageError: as `train` and `run_all`.
     """
+    folder = study.folder(row, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):  # the system takes it back from a process that dies
+            return _run_row(study, row, seed, load, tell)
+    except Timeout as fault:
+        raise Taken(f"{folder}: another process is at it") from fault
+
+
+def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM], tell: Callable[[str], None]) -> Path:
     recipes = recipes_of(study, row, seed)
     missing = []
     for test in (study.test, *study.also):
