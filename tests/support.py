@@ -11,7 +11,7 @@ import torch
 
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.encoding import Encoded
-from mirage_vlm.modeling.pooling import place_code
+from mirage_vlm.modeling.pooling import Targets, place_code
 from mirage_vlm.training.data import collate
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.rollout import Batch
@@ -177,6 +177,11 @@ def slow_rollout(vlm: LatentVLM, row: Batch) -> tuple[torch.Tensor, torch.Tensor
             latents.append(state)
     hidden = slow_forward(vlm, row, embeddings)
     return hidden, torch.stack(latents) if latents else hidden.new_zeros(0, hidden.shape[-1])
+
+
+def shifted(targets: Targets) -> Targets:
+    """Targets of one part each, each in the place of the next."""
+    return Targets(targets.parts.roll(1, dims=0), targets.owner)
 
 
 def slow_pointer(

@@ -160,7 +160,7 @@ def test_other_settings_and_damage_are_named(tmp_path):
     said = r"partial was left by .*\(generation.temperature is 0.7, was 0.0; model is \"b\", was \"a\"\).*--restart"
     with pytest.raises(MirageError, match=said):
         Kept(path, {"generation": {"temperature": 0.7, "seed": 1}, "model": "b"})
-    with pytest.raises(MirageError, match=r"partial:2: is damaged; start over with --restart"):
+    with pytest.raises(MirageError, match=r"partial:2: is damaged; remove it or start over with --restart"):
         Kept(path, {"generation": {"temperature": 0.0, "seed": 1}, "model": "a"})
     assert Kept(path, {"model": "b"}, restart=True).resumed == 0 and not path.exists()
     path.mkdir()

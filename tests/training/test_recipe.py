@@ -181,7 +181,7 @@ def test_missing_keys(write):
         ("stage=stage3", "stage: 'stage3' is not one of sft, stage1, stage2"),
         ("model.scratch={}", "model: give one of path and scratch"),
         ("model.path=", "model: give one of path and scratch"),
-        ("model.pooling=avg", "model.pooling: 'avg' is not one of average, grid, random, full"),
+        ("model.pooling=avg", "model.pooling: 'avg' is not one of average, grid, random, full, resampler"),
         ("model.feedback=mlp", f"model.feedback: 'mlp' is not one of {', '.join(FEEDBACKS)}"),
         ("model.stop_rule=never", "model.stop_rule: 'never' is not one of fixed, learned"),
         ("model.dtype=float16", "model.dtype: 'float16' is not one of float32, bfloat16"),
