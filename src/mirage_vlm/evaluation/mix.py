@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.decoding.generate import generate
 from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.tasks.make import DRAWN_AS, GeneratedDataset
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
-
-DRAWN_AS = "plain"  # both styles are of the same maps
 
 
 @dataclass(frozen=True)

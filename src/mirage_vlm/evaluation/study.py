@@ -25,7 +25,7 @@ from mirage_vlm.evaluation.replace import REPLACEMENTS, chosen
 from mirage_vlm.evaluation.run import Settings, Source, plan, run_all
 from mirage_vlm.settings import read_settings
 from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.tasks.make import DRAWN_AS, GeneratedDataset
 from mirage_vlm.training.recipe import Recipe, load_recipe
 from mirage_vlm.training.run import FINAL, train
 from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
 
 RESULTS = "results.json"
-DRAWN_AS = "plain"  # all rows are tested on the same examples, whatever their style
 HELPER = ("no", "training", "both")  # where a row sees the helper image
 
 

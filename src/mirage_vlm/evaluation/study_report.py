@@ -70,7 +70,7 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         picture: the figure, as the page links to it.
     """
     done = lines(study)
-    reference = next((line for line in done if line.row.name == study.against), None)
+    reference = _reference(study, done)
     test = study.test
     levels = ", ".join(map(str, test.levels))
     head = ["# Results", ""]
@@ -94,16 +94,10 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in done:
-        mean, low, high = line.accuracy()
-        ahead = ("", "")
-        if reference is not None and line is not reference:
-            difference, *ends = line.ahead(reference)
-            ahead = (f"{100 * difference:+.1f}", in_points(ends))
         run = line.runs[0]
         seconds = sum(each.seconds for each in line.runs) / len(line.runs)
         cells = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
-        numbers = (f"{seconds:,.0f}", f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead)
-        parts.append("| " + " | ".join(map(str, (*cells, *numbers))) + " |")
+        parts.append("| " + " | ".join(map(str, (*cells, f"{seconds:,.0f}", *_shown(line, reference)))) + " |")
     tested = [line for line in done if line.replacements()]
     if tested:
         names = [name for name in REPLACEMENTS if any(name in line.replacements() for line in tested) or name == "self"]
@@ -126,6 +120,21 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _reference(study: Study, done: Sequence[Line]) -> Line | None:
+    """The row that others are compared with, where it is done."""
+    return next((line for line in done if line.row.name == study.against), None)
+
+
+def _shown(line: Line, reference: Line | None) -> tuple[str, str, str, str]:
+    """The cells of a table: accuracy and its interval, and what it is ahead of the reference by."""
+    mean, low, high = line.accuracy()
+    ahead = ("", "")
+    if reference is not None and line is not reference:
+        difference, *ends = line.ahead(reference)
+        ahead = (f"{100 * difference:+.1f}", in_points(ends))
+    return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead
+
+
 def _further(study: Study, test: Test) -> list[str]:
     """The table of a further test."""
     levels = ", ".join(map(str, test.levels))
@@ -136,15 +145,10 @@ def _further(study: Study, test: Test) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     done = lines(study, test)
-    reference = next((line for line in done if line.row.name == study.against), None)
+    reference = _reference(study, done)
     for line in done:
-        mean, low, high = line.accuracy()
-        ahead = ("", "")
-        if reference is not None and line is not reference:
-            difference, *ends = line.ahead(reference)
-            ahead = (f"{100 * difference:+.1f}", in_points(ends))
-        numbers = (f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead)
-        parts.append("| " + " | ".join(map(str, (line.row.base, line.row.name, len(line.runs), *numbers))) + " |")
+        cells = (line.row.base, line.row.name, len(line.runs), *_shown(line, reference))
+        parts.append("| " + " | ".join(map(str, cells)) + " |")
     return parts
 
 

@@ -22,6 +22,7 @@ from mirage_vlm.trajectory import Image, Trajectory
 Split = Literal["train", "test"]
 
 TEST_PERCENT = 10
+DRAWN_AS = "plain"  # the style whose maps are those of all styles that are to be compared
 
 
 def map_split(maze: Maze) -> Split:
@@ -72,7 +73,7 @@ class GeneratedDataset(Sequence[Trajectory]):
             raise MirageError(f"a cell must have from 8 to 256 pixels a side, not {cell}")
         self.levels, self.n, self.seed = tuple(levels), n, seed
         self.style, self.split, self.cell = style, split, cell
-        self.drawn_as = drawn_as or (style if style in ("direct", "cot", "mixed") else "plain")
+        self.drawn_as = drawn_as or (style if style in ("direct", "cot", "mixed") else DRAWN_AS)
 
     def __len__(self) -> int:
         return self.n
