@@ -81,6 +81,7 @@ class Row:
         helper: where it sees the helper image: `no`, in `training`, or in `both` training and test.
         overrides: of every recipe, as on the command line.
         replacements: names for the replacement test; none = it is not run.
+        against: names of rows that it is compared with.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Row:
     helper: str = "no"
     overrides: tuple[str, ...] = ()
     replacements: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,6 @@ class Study:
         output: folder of all runs.
         test: the test of the main table, with replacements.
         also: further tests with a name each, such as maps of sides that were not trained on; without replacements.
-        against: name of the row that others are compared with.
         seeds: each row is trained once with each.
     """
 
@@ -109,7 +110,6 @@ class Study:
     bases: tuple[Base, ...]
     test: Test
     rows: tuple[Row, ...]
-    against: str
     seeds: tuple[int, ...] = (1, 2, 3)
     also: tuple[Test, ...] = ()
 
@@ -147,7 +147,6 @@ def load_study(path: str | Path) -> Study:
 
     names, bases = [row.name for row in study.rows], [base.name for base in study.bases]
     require(bool(study.seeds), "seeds", "give at least one")
-    require(study.against in names, "against", f"there is no row {study.against!r}")
     require(not study.test.name, "test.name", "only further tests have one")
     for i, test in enumerate(study.also):
         key = f"also[{i}].name"
@@ -163,6 +162,8 @@ def load_study(path: str | Path) -> Study:
             require(row.style in task.styles, f"{key}.style", f"{row.style!r} is not one of {', '.join(task.styles)}")
         unknown = [name for name in row.replacements if name not in (*REPLACEMENTS, "all")]
         require(not unknown, f"{key}.replacements", f"there is no {', '.join(unknown)}")
+        for other in row.against:
+            require(other in names and other != row.name, f"{key}.against", f"there is no other row {other!r}")
         require(bool(row.recipes), f"{key}.recipes", "give at least one")
         for recipe in row.recipes:
             load_recipe(recipe, row.overrides)

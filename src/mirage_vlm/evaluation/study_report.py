@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,10 @@ class Line:
         """Its own latents − a replacement, seed by seed and item by item."""
         return over_seeds((self.right() - self.right(replacement)).tolist())
 
+    def seconds(self) -> float:
+        """Of training, the mean of its runs."""
+        return sum(run.seconds for run in self.runs) / len(self.runs)
+
     def best_empty(self) -> str | None:
         """Of the replacements that tell nothing of the example, that which costs least."""
         return max((r for r in self.replacements() if REPLACEMENTS[r].empty), key=self.mean, default=None)
@@ -70,9 +75,7 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         picture: the figure, as the page links to it.
     """
     done = lines(study)
-    reference = _reference(study, done)
     test = study.test
-    levels = ", ".join(map(str, test.levels))
     head = ["# Results", ""]
     if picture is not None:
         head += [
@@ -84,72 +87,96 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
             "latents is used.",
             "",
         ]
+    further = "".join(f"; {each.name}: {_about(each)}" for each in study.also)
     parts = [
         *head,
-        f"Made by `{command}`. Test: {test.n} held-out `{test.task}` maps of sides {levels}, the same for every row. "
-        "Accuracy in percent, the mean of the seeds, with a 95 % interval over seeds and maps (over maps alone where "
-        "there is one seed).",
+        f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
+        "the seeds, with a 95 % interval over seeds and maps (over maps alone where there is one seed).",
         "",
-        f"| base | row | helper image | seeds | maps | steps | seconds | accuracy | 95 % | − {study.against} | 95 % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        _header("base", "row", "helper image", "seeds", "maps", "steps", "seconds", *_columns(study, "accuracy")),
     ]
+    also = [{line.row.name: line for line in lines(study, each)} for each in study.also]
     for line in done:
         run = line.runs[0]
-        seconds = sum(each.seconds for each in line.runs) / len(line.runs)
-        cells = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
-        parts.append("| " + " | ".join(map(str, (*cells, f"{seconds:,.0f}", *_shown(line, reference)))) + " |")
-    tested = [line for line in done if line.replacements()]
-    if tested:
-        names = [name for name in REPLACEMENTS if any(name in line.replacements() for line in tested) or name == "self"]
-        parts += ["", "With something else in the place of the latents:", ""]
-        parts += ["| base | row | " + " | ".join(names) + " | self − best empty | 95 % |"]
-        parts += ["|---|---|" + "---|" * (len(names) + 2)]
-        for line in tested:
-            there = ("self", *line.replacements())
-            shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
-            if (best := line.best_empty()) is None:
-                shown += ["–", "–"]
-            else:
-                gain, *ends = line.gain(best)
-                shown += [f"{100 * gain:+.1f} ({best})", in_points(ends)]
-            parts.append(f"| {line.row.base} | {line.row.name} | " + " | ".join(shown) + " |")
-    for test in study.also:
-        parts += ["", *_further(study, test)]
-    parts += ["", "| row | what it is |", "|---|---|"]
-    parts += [f"| {line.row.name} | {line.row.about} |" for line in done]
+        about = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
+        shown = [_accuracy(found) for found in (line, *(others.get(line.row.name) for others in also))]
+        parts.append(_cells(*about, f"{line.seconds():,.0f}", *chain(*shown)))
+    parts += _differences(study, {line.row.name: line for line in done}, also)
+    parts += _replaced(done)
+    parts += ["", _header("row", "what it is"), *(_cells(line.row.name, line.row.about) for line in done)]
     return "\n".join(parts) + "\n"
 
 
-def _reference(study: Study, done: Sequence[Line]) -> Line | None:
-    """The row that others are compared with, where it is done."""
-    return next((line for line in done if line.row.name == study.against), None)
+def _about(test: Test) -> str:
+    return f"{test.n} held-out `{test.task}` maps of sides {', '.join(map(str, test.levels))}"
 
 
-def _shown(line: Line, reference: Line | None) -> tuple[str, str, str, str]:
-    """The cells of a table: accuracy and its interval, and what it is ahead of the reference by."""
+def _cells(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _header(*names: str) -> str:
+    return _cells(*names) + "\n" + "|---" * len(names) + "|"
+
+
+def _columns(study: Study, name: str) -> list[str]:
+    """A column for each test and one for its interval."""
+    return [column for each in (name, *(test.name for test in study.also)) for column in (each, "95 %")]
+
+
+def _accuracy(line: Line | None) -> tuple[str, str]:
+    if line is None:
+        return "–", "–"
     mean, low, high = line.accuracy()
-    ahead = ("", "")
-    if reference is not None and line is not reference:
-        difference, *ends = line.ahead(reference)
-        ahead = (f"{100 * difference:+.1f}", in_points(ends))
-    return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", *ahead
+    return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"
 
 
-def _further(study: Study, test: Test) -> list[str]:
-    """The table of a further test."""
-    levels = ", ".join(map(str, test.levels))
-    parts = [
-        f"**{test.name}**: {test.n} held-out `{test.task}` maps of sides {levels}.",
-        "",
-        f"| base | row | seeds | accuracy | 95 % | − {study.against} | 95 % |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    done = lines(study, test)
-    reference = _reference(study, done)
-    for line in done:
-        cells = (line.row.base, line.row.name, len(line.runs), *_shown(line, reference))
-        parts.append("| " + " | ".join(map(str, cells)) + " |")
+def _ahead(line: Line | None, other: Line | None) -> tuple[str, str]:
+    if line is None or other is None:
+        return "–", "–"
+    mean, *ends = line.ahead(other)
+    return f"{100 * mean:+.1f}", in_points(ends)
+
+
+def _differences(study: Study, done: Mapping[str, Line], also: Sequence[Mapping[str, Line]]) -> list[str]:
+    """What each row is ahead of those that it is compared with, with the training that both had."""
+    parts = []
+    for line in done.values():
+        for name in line.row.against:
+            if (other := done.get(name)) is None:
+                continue
+            pairs = [(found.get(line.row.name), found.get(name)) for found in (done, *also)]
+            seconds = f"{line.seconds() / other.seconds():.2f}"
+            shown = chain.from_iterable(_ahead(*pair) for pair in pairs)
+            parts.append(_cells(line.row.base, f"{line.row.name} − {name}", _seeds(line, other), seconds, *shown))
+    if not parts:
+        return []
+    header = _header("base", "rows", "seeds", "seconds, ratio", *_columns(study, "points"))
+    return ["", "The difference of two rows on the same maps, in points:", "", header, *parts]
+
+
+def _replaced(done: Sequence[Line]) -> list[str]:
+    """Accuracies with something else in the place of the latents."""
+    tested = [line for line in done if line.replacements()]
+    if not tested:
+        return []
+    names = [name for name in REPLACEMENTS if any(name in ("self", *line.replacements()) for line in tested)]
+    parts = ["", "With something else in the place of the latents:", ""]
+    parts.append(_header("base", "row", *names, "self − best empty", "95 %"))
+    for line in tested:
+        there = ("self", *line.replacements())
+        shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
+        if (best := line.best_empty()) is None:
+            shown += ["–", "–"]
+        else:
+            gain, *ends = line.gain(best)
+            shown += [f"{100 * gain:+.1f} ({best})", in_points(ends)]
+        parts.append(_cells(line.row.base, line.row.name, *shown))
     return parts
+
+
+def _seeds(line: Line, other: Line) -> str:
+    return f"{len(line.runs)} and {len(other.runs)}"
 
 
 def draw(study: Study, path: str | Path) -> None:
