@@ -31,6 +31,7 @@ FLOORS = {
     "modeling": 2,
     "training": 3,
     "decoding": 3,
+    "rl": 4,
     "evaluation": 4,
     "benchmarks": 4,
     "serving": 4,

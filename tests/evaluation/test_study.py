@@ -96,7 +96,7 @@ def test_all_rows_are_tested_on_the_same_maps(done):
 
 
 def test_what_is_done_is_not_done_again(done, monkeypatch):
-    monkeypatch.setattr(study_module, "train", None)
+    monkeypatch.setattr(study_module, "run_recipe", None)
     monkeypatch.setattr(study_module, "run_all", None)
     told = []
     for row in done.rows:
@@ -138,7 +138,7 @@ def test_a_run_whose_test_is_missing_is_only_tested(done, monkeypatch):
     file = done.folder(done.row("paper"), 2) / "results.json"
     before = json.loads(file.read_text())
     file.unlink()
-    monkeypatch.setattr(study_module, "train", None)
+    monkeypatch.setattr(study_module, "run_recipe", None)
     run_row(done, done.row("paper"), 2, load_model, lambda line: None)
     after = json.loads(file.read_text())
     assert after["items"] == before["items"] and after["replacements"] == before["replacements"]

@@ -24,13 +24,13 @@ from mirage_vlm.cli.train import _check_launch
 from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.training import run
+from mirage_vlm.training.checkpoints import METRICS_FILE, TRAINABLE_FILE
 from mirage_vlm.training.data import BucketSampler, Collator
 from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import stage1, stage2
 from mirage_vlm.training.recipe import load_recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import ShareCollator, Shares
-from mirage_vlm.training.trainer import METRICS_FILE, TRAINABLE_FILE
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 WORKER = Path(__file__).with_name("processes.py")

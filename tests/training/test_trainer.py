@@ -19,9 +19,10 @@ from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training import run
+from mirage_vlm.training.checkpoints import METRICS_FILE, TRAINABLE_FILE, MetricsFile
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.recipe import Recipe, load_recipe
-from mirage_vlm.training.trainer import METRICS_FILE, TRAINABLE_FILE, LatentTrainer, MetricsFile
+from mirage_vlm.training.trainer import LatentTrainer
 
 RECIPE = """\
 stage: stage2

@@ -29,8 +29,8 @@ def train(
     cards: Annotated[int, typer.Option(min=1, help="With --memory: cards that share the weights (FSDP2).")] = 1,
 ) -> None:
     """Train a model by a recipe."""
+    from mirage_vlm.rl.run import run_recipe
     from mirage_vlm.training.recipe import load_recipe
-    from mirage_vlm.training.run import train as run_recipe
     from mirage_vlm.training.shares import SharedFault
 
     loaded = None

@@ -38,6 +38,8 @@ class GenerationConfig:
         logprobs: keep the log-probability of every token that was chosen.
         return_latents: keep the latent vectors on the returned spans, in float32 unless `latent_dtype` says otherwise.
         latent_dtype: `float32`, or `model` for the model's own.
+        latent_noise: the model's own latents are drawn from a Gaussian around what it would feed back, with so much
+            standard deviation in each component; 0 feeds that itself back. Drawn by the response's seed too.
         latent_hook: called at each latent step as hook(latents [m, D], responses [m], steps [m]) with the inputs
             about to be consumed, the index of their responses in the call and their place in the span; returns what
             to consume. The host waits for it at each step.
@@ -58,6 +60,7 @@ class GenerationConfig:
     logprobs: bool = False
     return_latents: bool = True
     latent_dtype: str = "float32"
+    latent_noise: float = 0.0
     latent_hook: LatentHook | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class GenerationConfig:
             if value is not None and value < least:
                 wanted = "be positive" if least else "not be negative"
                 raise MirageError(f"{name} must {wanted}: {value}")
+        if not 0 <= self.latent_noise < float("inf"):
+            raise MirageError(f"latent_noise must be a standard deviation, 0 or more: {self.latent_noise}")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise MirageError("temperature must be at least 0, top_p in (0, 1], top_k at least 0")
 

@@ -25,6 +25,7 @@ from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
 from mirage_vlm.decoding.response import Event, Response
 from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
+from mirage_vlm.decoding.sampling import normals
 from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Message, Trajectory
 
@@ -232,6 +233,9 @@ class Engine:
         seen = rows.seen() if self.vlm.feedback.reads_patches else None
         inputs = self.vlm.recast(rows.token, rows.hidden, seen)  # [B, D]
         thinking = live & (rows.token == self.vlm.config.pad_id)
+        if any(response.config.latent_noise for response in self.active):
+            noise = normals(rows.seed, rows.written, inputs.shape[1]) * rows.noise.unsqueeze(1)
+            inputs = torch.where(thinking.unsqueeze(1), inputs + noise.to(inputs.dtype), inputs)
         if rows.given.shape[1]:
             which = (rows.latents - 1).clamp(min=0, max=rows.given.shape[1] - 1)
             given = rows.given[torch.arange(len(rows), device=self.device), which]

@@ -42,7 +42,7 @@ class Rows:
         spans, latents: [B] how many so far.
         status: [B] LIVE, STOPPED (end of turn) or FULL (a limit).
         evicted: [B] the prompt's pictures are out of sight.
-        k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, seed, evict: [B] the request's.
+        k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, noise, seed, evict: [B] as asked for.
         forced: [B, F] tokens of a replay, −1 after its end.
         given: [B, L, D] latents of a replay, and [B] `given_count` of them.
         patches: [B, N, D] features of the prompt's pictures, and [B] `patch_count` of them; N = 0 where the feedback
@@ -67,6 +67,7 @@ class Rows:
     temperature: torch.Tensor
     top_p: torch.Tensor
     top_k: torch.Tensor
+    noise: torch.Tensor
     seed: torch.Tensor
     evict: torch.Tensor
     forced: torch.Tensor
@@ -145,6 +146,7 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         temperature=reals([c.temperature for c in configs]),
         top_p=reals([c.top_p for c in configs]),
         top_k=numbers([c.top_k for c in configs]),
+        noise=reals([c.latent_noise for c in configs]),
         seed=numbers([r.seed for r in wave]),
         evict=numbers([c.evict_images for c in configs], torch.bool),
         forced=numbers([f + [NOTHING] * (longest - len(f)) for f in forced]).view(len(wave), longest),

@@ -18,6 +18,19 @@ def uniforms(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return (_shift(bits, 40)).float() / (1 << 24)
 
 
+def normals(seeds: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
+    """[n, width] standard normal numbers for each seed and count, by the same pure function (Box and Muller 1958).
+
+    They are not those that `uniforms` of the same seed and count are made of.
+    """
+    pairs = -(-width // 2)
+    places = torch.arange(2 * pairs, device=seeds.device)
+    own = _scramble(_scramble(seeds * _STEP + 1) + counts * _STEP).unsqueeze(1).expand(-1, 2 * pairs)
+    near, turn = uniforms(own, places).chunk(2, dim=1)
+    radius, angle = (-2 * torch.log1p(-near)).sqrt(), 2 * torch.pi * turn
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :width]
+
+
 def _scramble(bits: torch.Tensor) -> torch.Tensor:
     bits = bits + _STEP
     for by, factor in _MIX:

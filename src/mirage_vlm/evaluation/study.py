@@ -23,12 +23,13 @@ from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.replace import REPLACEMENTS, chosen
 from mirage_vlm.evaluation.run import Settings, Source, plan, run_all
+from mirage_vlm.rl.run import run_recipe
 from mirage_vlm.settings import read_settings
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.make import DRAWN_AS, GeneratedDataset
+from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE
 from mirage_vlm.training.recipe import Recipe, load_recipe
-from mirage_vlm.training.run import FINAL, train
-from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE
+from mirage_vlm.training.run import FINAL
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -230,7 +231,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
             _check_recipe(recipe)
         else:
             tell(f"{recipe.output_dir}: training")
-            train(recipe, resume=True)
+            run_recipe(recipe, resume=True)
     for test in missing:
         results = study.results(row, seed, test)
         tell(f"{results}: testing")

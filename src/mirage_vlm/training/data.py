@@ -107,8 +107,11 @@ class Sizes:
         return self.known[index]
 
 
-def open_source(source: DataRecipe) -> Sequence[Trajectory]:
+def open_source(source: DataRecipe, responses: bool = True) -> Sequence[Trajectory]:
     """The trajectories that a recipe's source names.
+
+    Args:
+        responses: each must have one.
 
     Raises:
         MirageError: it cannot be read, or an example has no response.
@@ -118,7 +121,7 @@ def open_source(source: DataRecipe) -> Sequence[Trajectory]:
     assert source.path is not None
     found = read_data(source.path)
     for i, trajectory in enumerate(found, start=1):
-        if not trajectory.response:
+        if responses and not trajectory.response:
             raise MirageError(f"{source.path}:{i}: messages: there is no assistant turn to train on")
     return found
 

@@ -7,7 +7,7 @@ file, the line and the key. `key=value` overrides use dots: `train.max_steps=50 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ from mirage_vlm.settings import Where, read_settings
 from mirage_vlm.training.align import ALIGNMENTS
 from mirage_vlm.training.visibility import VISIBILITIES
 
-STAGES = ("sft", "stage1", "stage2")
+STAGES = ("sft", "stage1", "stage2", "grpo")
+LATENTS = ("replay", "reroll", "gaussian")
+SPANS = ("free", "required", "none")
+RL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
+SCALES = ("group", "batch", "none")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class ModelRecipe:
     """Where the weights come from and what of them is trained.
 
     Attributes:
-        path: a checkpoint folder or hub name; latent tokens are added where it has none.
+        path: a checkpoint folder or hub name, or `bundled`; latent tokens are added where it has none.
         scratch: sizes of a small model to start from nothing, instead of `path`.
         tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
         latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale: as in `LatentConfig`; None keeps
@@ -158,11 +162,58 @@ class TrainRecipe:
 
 
 @dataclass(frozen=True)
+class RewardRecipe:
+    """A reward and its weight; `name` is one of `mirage_vlm.rl.rewards.REWARDS`, or `package.module:function`."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RLRecipe:
+    """Reinforcement learning by GRPO (stage `grpo`); see docs/rl.md.
+
+    Attributes:
+        n: responses to each prompt, among which the advantage is taken. `train.batch_size` counts responses; times
+            `accumulate` and processes it must be a multiple of n.
+        latents: what stands at the latent positions while the policy's log-probabilities are computed: `replay` (the
+            vectors of the rollout), `reroll` (the policy's own, with gradient), or `gaussian` (the vectors, which were
+            drawn around what the policy feeds back and whose density is part of the policy).
+        latent_noise: standard deviation of `gaussian`, in each component.
+        temperature: of sampling and of log-probabilities.
+        max_new_tokens: most positions of a response.
+        kl: weight of the KL divergence to the model that the run starts from.
+        clip: how far from 1 the ratio of probabilities counts.
+        updates: passes over the same responses.
+        loss, scale: how TRL averages over tokens and what rewards are divided by; see its `loss_type` and
+            `scale_rewards`.
+        rewards: what a response is worth, added up.
+        spans: `free`; `required` (a run in whose first step no response thinks is refused, later ones are warned of);
+            `none` (the model cannot open any: GRPO on text, for comparison).
+    """
+
+    n: int = 5
+    latents: str = "replay"
+    latent_noise: float = 0.0
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    kl: float = 0.01
+    clip: float = 0.2
+    updates: int = 1
+    loss: str = "grpo"
+    scale: str = "group"
+    rewards: tuple[RewardRecipe, ...] = (RewardRecipe("accuracy", 0.9), RewardRecipe("format", 0.1))
+    spans: str = "free"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run.
 
     Attributes:
-        stage: `sft` (cross-entropy, no spans), `stage1` (targets in place of latents) or `stage2` (own latents).
+        stage: `sft` (cross-entropy, no spans), `stage1` (targets in place of latents), `stage2` (own latents) or `grpo`
+            (rewards on the model's own responses).
+        rl: of stage `grpo` alone.
         output_dir: where checkpoints, metrics and the final model go.
     """
 
@@ -172,6 +223,7 @@ class Recipe:
     data: tuple[DataRecipe, ...]
     loss: LossRecipe = field(default_factory=LossRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
+    rl: RLRecipe | None = None
 
     @property
     def needs_targets(self) -> bool:
@@ -185,7 +237,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they are saved beside every checkpoint."""
-        return dataclasses.asdict(self)
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -272,3 +324,33 @@ def check(recipe: Recipe, where: Where) -> None:
         "train.feature_cache",
         "features of a vision tower that is trained cannot be kept; set model.freeze_vision or leave it out",
     )
+    check_rl(recipe, require, one_of)
+
+
+def check_rl(
+    recipe: Recipe, require: Callable[[bool, str, str], None], one_of: Callable[[Any, str, Sequence[str]], None]
+) -> None:
+    """The part of `check` that is of stage `grpo`."""
+    rl, train = recipe.rl, recipe.train
+    require((rl is not None) == (recipe.stage == "grpo"), "rl", "is what stage grpo needs, and no other has")
+    if rl is None:
+        return
+    one_of(rl.latents, "rl.latents", LATENTS)
+    one_of(rl.spans, "rl.spans", SPANS)
+    one_of(rl.loss, "rl.loss", RL_LOSSES)
+    one_of(rl.scale, "rl.scale", SCALES)
+    require(rl.n > 1, "rl.n", "the advantage is taken among the responses to a prompt; ask for two or more")
+    batch = train.batch_size * train.accumulate
+    require(batch % rl.n == 0, "train.batch_size", f"{batch} responses a step are not a multiple of rl.n = {rl.n}")
+    for name in ("temperature", "clip"):
+        require(getattr(rl, name) > 0, f"rl.{name}", "must be positive")
+    for name in ("max_new_tokens", "updates"):
+        require(getattr(rl, name) > 0, f"rl.{name}", "must be positive")
+    require(rl.kl >= 0, "rl.kl", "must not be negative")
+    require(bool(rl.rewards), "rl.rewards", "give at least one")
+    wants = rl.latents == "gaussian"
+    require((rl.latent_noise > 0) == wants, "rl.latent_noise", "must be positive with gaussian latents, and 0 without")
+    require(not (wants and rl.spans == "none"), "rl.latents", "there are no latents where rl.spans is none")
+    one_of(train.visibility, "train.visibility", ("full", "evict"))
+    for key, usual in (("train.pack", 0), ("train.keep_examples", 0.0), ("train.workers", 0)):
+        require(getattr(train, key.partition(".")[2]) == usual, key, "is of no use in stage grpo; leave it out")

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Feedback
@@ -23,14 +24,16 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
+from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, MetricsFile
 from mirage_vlm.training.data import Collator, Examples, Kept, check_spans, has_spans, in_one_line, open_source
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import together
-from mirage_vlm.training.trainer import METRICS_FILE, RECIPE_FILE, LatentTrainer, MetricsFile
+from mirage_vlm.training.trainer import LatentTrainer
 from mirage_vlm.trajectory import Text
 
+A = TypeVar("A", bound=TrainingArguments)
 FINAL = "final"
 TOKENIZER_SAMPLE = 4000
 FIT_TARGETS, FIT_BATCH = 16_000, 64  # parts of targets that statistics are made of; examples looked at together
@@ -48,7 +51,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Raises:
         MirageError: the data, the model or the output folder is not as the recipe needs it.
     """
-    arguments = training_arguments(recipe)  # joins the other processes, where there are any
+    arguments = training_arguments(recipe, TrainingArguments)  # joins the other processes, where there are any
     output = Path(recipe.output_dir)
     with together(arguments.device):
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
@@ -117,11 +120,12 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         vlm = build(wanted.scratch, _sample_texts(corpus), recipe.train.seed, wanted.attn, **latent)
     else:
         assert wanted.path is not None
+        path = resolve(wanted.path)
         options: dict[str, Any] = {"dtype": getattr(torch, wanted.dtype), "attn": wanted.attn}
-        if has_latents(wanted.path):
-            vlm = LatentVLM.from_pretrained(wanted.path, **options, **latent)
+        if has_latents(path):
+            vlm = LatentVLM.from_pretrained(path, **options, **latent)
         else:
-            vlm = LatentVLM.from_base(wanted.path, **options, **latent)
+            vlm = LatentVLM.from_base(path, **options, **latent)
     vlm.vision_tower.requires_grad_(not wanted.freeze_vision)
     vlm.feedback.requires_grad_(recipe.stage != "sft")  # which does not read it
     vlm.pooling.requires_grad_(recipe.needs_targets)
@@ -224,10 +228,10 @@ def merge_adapters(vlm: LatentVLM) -> None:
         setattr(vlm.model.get_submodule(parent), child, plain)
 
 
-def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """A recipe's `train` section in the Trainer's terms."""
+def training_arguments(recipe: Recipe, kind: type[A], **more: Any) -> A:
+    """A recipe's `train` section in the Trainer's terms, with whatever else its arguments are to say."""
     train = recipe.train
-    arguments = TrainingArguments(
+    arguments = kind(
         output_dir=recipe.output_dir,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps,
@@ -252,6 +256,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         label_names=["labels"],
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
     )
     if arguments.n_gpu > 1:  # a single process would split rows among its cards, which pictures do not bear
         arguments._n_gpu = 1

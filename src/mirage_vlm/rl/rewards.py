@@ -1,0 +1,120 @@
+"""Rewards: what a response is worth.
+
+A reward takes the decoded trajectories of a step and gives a number for each. To add one, write such a function and
+name it in `REWARDS`, or name it in a recipe as `package.module:function`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.base import Score
+from mirage_vlm.trajectory import Trajectory
+
+Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
+FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>((?!</?think>).)*", re.DOTALL)
+
+
+def scored(trajectory: Trajectory) -> Score:
+    """What the task's checker says.
+
+    Raises:
+        MirageError: the trajectory has no task, or lacks what its checker needs.
+    """
+    if trajectory.task is None:
+        raise MirageError("cannot score: the example names no task")
+    return get_task(trajectory.task).score(trajectory)
+
+
+def accuracy(trajectories: Sequence[Trajectory]) -> list[float]:
+    """1 where the task's checker says that the answer is right."""
+    return [float(scored(each).correct) for each in trajectories]
+
+
+def optimality(trajectories: Sequence[Trajectory]) -> list[float]:
+    """1 where a plan is right and as short as can be; for tasks without plans the same as `accuracy`."""
+    scores = list(map(scored, trajectories))
+    return [float(score.correct if score.optimal is None else score.optimal) for score in scores]
+
+
+def well_formed(trajectories: Sequence[Trajectory]) -> list[float]:
+    r"""1 where a response ends by itself and is `<think>…</think>` and then one `\boxed{…}`, and no other."""
+    return [
+        float(
+            each.decoding is not None
+            and each.decoding.finish_reason == "stop"
+            and FORMAT.fullmatch(each.text) is not None
+            and each.text.count(r"\boxed{") == 1
+            and r"\boxed{" in each.text.rpartition("</think>")[2]
+        )
+        for each in trajectories
+    ]
+
+
+def boxed_once(trajectories: Sequence[Trajectory]) -> list[float]:
+    r"""1 where a response has one `\boxed{…}`: the format of answers without words."""
+    return [float(each.text.count(r"\boxed{") == 1) for each in trajectories]
+
+
+def brevity(trajectories: Sequence[Trajectory]) -> list[float]:
+    """1 / (1 + tokens / 100), latents among them: from 1 for an empty response to 0 for one without end."""
+    return [1 / (1 + len(each.decoding.token_ids) / 100) if each.decoding else 0.0 for each in trajectories]
+
+
+def thought(trajectories: Sequence[Trajectory]) -> list[float]:
+    """1 where a response has consumed a latent."""
+    return [float(any(span.k for span in each.spans)) for each in trajectories]
+
+
+REWARDS: dict[str, Reward] = {
+    "accuracy": accuracy,
+    "optimality": optimality,
+    "format": well_formed,
+    "boxed": boxed_once,
+    "brevity": brevity,
+    "thought": thought,
+}
+
+
+def reward_of(name: str) -> Reward:
+    """The reward of that name, made safe: what it gives is checked, and what it raises is named.
+
+    Raises:
+        MirageError: there is none.
+    """
+    if name in REWARDS:
+        found = REWARDS[name]
+    else:
+        module, colon, attribute = name.partition(":")
+        if not colon:
+            raise MirageError(
+                f"there is no reward {name!r}; choose from {', '.join(REWARDS)}, or name your own as module:function"
+            )
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as fault:
+            raise MirageError(f"the reward {name!r} cannot be had: {fault}") from fault
+        if not callable(found):
+            raise MirageError(f"the reward {name!r} is not a function")
+
+    def checked(trajectories: Sequence[Trajectory]) -> list[float]:
+        try:
+            values = list(found(trajectories))
+        except MirageError:
+            raise
+        except Exception as fault:
+            raise MirageError(f"the reward {name!r} failed: {type(fault).__name__}: {fault}") from fault
+        if len(values) != len(trajectories):
+            raise MirageError(f"the reward {name!r} gave {len(values)} numbers for {len(trajectories)} responses")
+        for value, each in zip(values, trajectories, strict=True):
+            if isinstance(value, bool | int | float) and math.isfinite(value):
+                continue
+            raise MirageError(f"the reward {name!r} gave {value!r} for the response {each.text[:200]!r}")
+        return [float(value) for value in values]
+
+    return checked

@@ -1,0 +1,117 @@
+"""From a recipe of stage `grpo` to a trained model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.rl.rewards import reward_of, scored
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, MetricsFile
+from mirage_vlm.training.data import Examples, in_one_line, open_source
+from mirage_vlm.training.recipe import Recipe
+from mirage_vlm.training.run import FINAL, merge_adapters, prepare_model, training_arguments
+from mirage_vlm.training.run import train as train_on_data
+from mirage_vlm.training.shares import together
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Run a recipe of any stage; as `mirage_vlm.training.run.train`.
+
+    Raises:
+        MirageError: as that, or `train_by_rewards`.
+    """
+    return (train_by_rewards if recipe.stage == "grpo" else train_on_data)(recipe, resume=resume)
+
+
+def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Run a recipe of stage `grpo`.
+
+    Raises:
+        MirageError: TRL is not there, or the data, the model, a reward or the output folder is not as the recipe needs
+            it.
+    """
+    try:
+        from trl import GRPOConfig
+    except ImportError as fault:
+        raise MirageError("stage grpo needs TRL: pip install 'mirage-vlm[rl]'") from fault
+    from mirage_vlm.rl.trainer import LatentGRPO
+
+    rl, train_ = recipe.rl, recipe.train
+    assert rl is not None
+    arguments = training_arguments(
+        recipe,
+        GRPOConfig,
+        num_generations=rl.n,
+        num_iterations=rl.updates,
+        steps_per_generation=train_.accumulate,
+        max_completion_length=rl.max_new_tokens,
+        temperature=rl.temperature,
+        epsilon=rl.clip,
+        loss_type=rl.loss,
+        scale_rewards=rl.scale,
+        beta=0.0,  # TRL would load its reference by name; ours is given
+        gradient_checkpointing=False,  # of the decoder, which `prepare_model` sees to
+        disable_dropout=True,  # which would make the engine and the trainer disagree
+    )
+    output = Path(recipe.output_dir)
+    with together(arguments.device):
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if last is not None and not resume:
+            raise MirageError(
+                f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir"
+            )
+        rewards = {each.name: (reward_of(each.name), each.weight) for each in rl.rewards}
+        examples = open_examples(recipe)
+        prompts = train_.batch_size * train_.accumulate * arguments.world_size // rl.n
+        if len(examples) < prompts:
+            raise MirageError(f"data: {len(examples)} examples do not make one step of {prompts} prompts")
+        set_seed(train_.seed)
+        vlm = prepare_model(recipe, examples)
+    if arguments.process_index == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient
+    metrics = MetricsFile(output / METRICS_FILE, len(examples))
+    trainer = LatentGRPO(vlm, recipe, arguments, examples, rewards, callbacks=[metrics])
+    if trainer.is_fsdp_enabled:
+        raise MirageError("stage grpo decodes from whole weights, which FSDP shares out; launch it with DDP (or LoRA)")
+    if last is not None and 0 < train_.max_steps <= int(last.rpartition("-")[2]):
+        trainer.load_weights(last)  # the run was over
+    else:
+        with in_one_line():
+            trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        merge_adapters(vlm)
+        vlm.save_pretrained(output / FINAL)
+        shutil.copy(output / RECIPE_FILE, output / FINAL)
+    trainer.accelerator.wait_for_everyone()
+    return output / FINAL
+
+
+def open_examples(recipe: Recipe) -> Examples:
+    """What is asked; no responses are needed.
+
+    Raises:
+        MirageError: a source cannot be read, or its answers cannot be checked where a reward would.
+    """
+    rl = recipe.rl
+    assert rl is not None
+    checked = any(each.name in ("accuracy", "optimality") for each in rl.rewards)
+    sources = []
+    for source in recipe.data:
+        found = open_source(source, responses=False)
+        sources.append(found)
+        if not checked or isinstance(found, GeneratedDataset):
+            continue
+        for i, example in enumerate(found, start=1):
+            try:
+                scored(example)
+            except MirageError as fault:
+                raise MirageError(f"{source.path}:{i}: {fault}") from fault
+    return Examples(sources)
