@@ -202,7 +202,7 @@ class LatentVLM(Pretrained):
     @property
     def width(self) -> int:
         """D, the width of hidden states and input embeddings."""
-        return self.model.get_input_embeddings().embedding_dim
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def vision_tower(self) -> nn.Module:
