@@ -115,7 +115,7 @@ def test_drawn_latents_and_their_density(fresh, feedback):
 def _states(policy: Policy, batch: dict) -> torch.Tensor:
     from mirage_vlm.training.rollout import Batch, forward_given
 
-    vectors = batch.pop("vectors")
+    vectors, _, _ = batch.pop("vectors"), batch.pop("shown", ()), batch.pop("shown_thw", None)
     return forward_given(policy.vlm, Batch(**batch), vectors if len(vectors) else None)
 
 

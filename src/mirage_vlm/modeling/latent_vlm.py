@@ -148,10 +148,15 @@ class LatentVLM(Pretrained):
         embeds = self.embed(input_ids)
         if pixel_values is None or grid_thw is None:
             return embeds
+        return self.place_pictures(embeds, input_ids, self.prompt_features(pixel_values, grid_thw, keys))
+
+    def prompt_features(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, keys: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """As `image_features`, without a graph where the vision tower is frozen."""
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            features = self.image_features(pixel_values, grid_thw, keys)
-        return self.place_pictures(embeds, input_ids, features)
+            return self.image_features(pixel_values, grid_thw, keys)
 
     def place_pictures(
         self, embeds: torch.Tensor, input_ids: torch.Tensor, features: Sequence[torch.Tensor]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.training.own import forward_own
-from mirage_vlm.training.rollout import Batch, embeddings, forward_given
+from mirage_vlm.training.rollout import Batch, forward_given
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -55,11 +55,16 @@ class Policy(nn.Module):
         self.vlm = vlm
         self.latents, self.temperature, self.noise, self.visibility = latents, temperature, noise, visibility
 
-    def forward(self, vectors: torch.Tensor, **batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, vectors: torch.Tensor, shown: Sequence[int] = (), shown_thw: torch.Tensor | None = None, **batch: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """How likely the tokens of a batch are, and its latents where they are actions.
 
         Args:
             vectors: [latent positions of the batch, D] the latents that were consumed, in row order.
+            shown: which of the pictures of `pixel_values` each row's are, in row order: the rows of a group see the
+                same, and it goes through the vision tower once.
+            shown_thw: [different pictures, 3] of `pixel_values`; `grid_thw` is that of all rows.
             batch: as for `Batch`; a label wherever a token was chosen.
 
         Returns:
@@ -67,7 +72,10 @@ class Policy(nn.Module):
             they are log-densities; and [B, T] entropies of the choices in nats, without gradient. Zero elsewhere.
         """
         vlm, given = self.vlm, Batch(**batch)
-        embeds = embeddings(vlm, given)
+        embeds = vlm.embed(given.input_ids)
+        if shown_thw is not None and given.pixel_values is not None:
+            features = vlm.prompt_features(given.pixel_values, shown_thw, given.picture_keys)
+            embeds = vlm.place_pictures(embeds, given.input_ids, [features[i] for i in shown])
         pads = given.input_ids == vlm.config.pad_id
         if self.latents == "reroll" and len(vectors):
             hidden, _ = forward_own(vlm, given, visibility=self.visibility, embeds=embeds)

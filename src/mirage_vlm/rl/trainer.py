@@ -16,6 +16,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from trl.trainer.utils import RepeatSampler
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.encoding import Pictures
 from mirage_vlm.rl.policy import Policy, WithoutAdapters
 from mirage_vlm.rl.rewards import Reward
 from mirage_vlm.rl.rollouts import Rollout, roll_out
@@ -163,7 +165,7 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         if self.rl.spans == "required":
             self._insist(thinking > 0, int(count))
 
-    def _insist(self, thought: bool, count: int) -> None:
+    def _insist(self, thought: bool, responses: int) -> None:
         """A run that is to think must not go on silently without.
 
         Raises:
@@ -171,7 +173,7 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         """
         if not thought and self.state.global_step == 0:
             raise MirageError(
-                f"rl.spans: none of {count} responses opened a latent span, so there is nothing to learn from; train "
+                f"rl.spans: none of {responses} responses opened a latent span, so nothing is learnt of them; train "
                 "the model to think first (stage1, stage2), or set rl.spans to free"
             )
         self._without = 0 if thought else self._without + 1
@@ -291,7 +293,15 @@ def policy_of(vlm: LatentVLM, recipe: Recipe) -> Policy:
 
 def batch_of(rollouts: Sequence[Rollout], vlm: LatentVLM) -> dict[str, Any]:
     """What `Policy` takes, on the model's device."""
-    batch = collate([each.encoded for each in rollouts], vlm.encoder, keys=vlm.feature_store is not None)
+    batch = collate([each.encoded for each in rollouts], vlm.encoder)
+    different = {id(each.pictures): each.pictures for each in rollouts if each.pictures is not None}
+    if (joined := Pictures.join(list(different.values()))) is not None:
+        places = count()
+        numbers = {key: [next(places) for _ in pictures.grid_thw] for key, pictures in different.items()}
+        batch["shown"] = tuple(number for each in rollouts for number in numbers.get(id(each.pictures), ()))
+        batch |= {"pixel_values": joined.pixel_values, "shown_thw": joined.grid_thw}
+        if vlm.feature_store is not None:
+            batch["picture_keys"] = joined.keys
     batch["vectors"] = torch.cat([each.latents for each in rollouts]).to(vlm.model.dtype)
     return {key: value.to(vlm.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
