@@ -51,6 +51,7 @@ rows:
     replacements: [zero, markers]
     overrides: [train.learning_rate=2.0e-3]
     against: [plain]
+  - {{name: base, base: P, style: plain, recipes: []}}
 """
 
 
@@ -70,7 +71,7 @@ def done(folder):
     """Both rows with both seeds."""
     study = load_study(folder / "study.yaml")
     for row in study.rows:
-        for seed in study.seeds:
+        for seed in study.seeds_of(row):
             run_row(study, row, seed, load_model, lambda line: None)
     return study
 
@@ -101,7 +102,7 @@ def test_what_is_done_is_not_done_again(done, monkeypatch):
     told = []
     for row in done.rows:
         run_row(done, row, 1, load_model, told.append)
-    assert len(told) == 4 and all(line.endswith(".json: is there") for line in told)
+    assert len(told) == 6 and all(line.endswith(".json: is there") for line in told)
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(folder, done, capsys):

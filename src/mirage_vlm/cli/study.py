@@ -44,7 +44,7 @@ def study(
             draw(found, figure)
         return
     for seed in numbers:
-        for row in wanted:
+        for row in (row for row in wanted if seed in found.seeds_of(row)):
             try:
                 run_row(found, row, seed, load_model, typer.echo)
             except Taken as other:

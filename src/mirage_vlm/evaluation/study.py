@@ -77,7 +77,7 @@ class Row:
         name: in tables and folders.
         base: name of the checkpoint it starts from.
         style: of the responses it is trained on and tested with.
-        recipes: files, each starting from the model of the one before.
+        recipes: files, each starting from the model of the one before; none = the base as it is, for one seed.
         about: one line for readers.
         helper: where it sees the helper image: `no`, in `training`, or in `both` training and test.
         overrides: of every recipe, as on the command line.
@@ -125,6 +125,10 @@ class Study:
                 return row
         raise MirageError(f"there is no row {name!r}; choose from {', '.join(row.name for row in self.rows)}")
 
+    def seeds_of(self, row: Row) -> tuple[int, ...]:
+        """The seeds that a row is trained with; a base as it is has only one."""
+        return self.seeds if row.recipes else self.seeds[:1]
+
     def folder(self, row: Row, seed: int) -> Path:
         """Where one run of a row is."""
         return Path(self.output) / row.name / f"seed-{seed}"
@@ -165,7 +169,6 @@ def load_study(path: str | Path) -> Study:
         require(not unknown, f"{key}.replacements", f"there is no {', '.join(unknown)}")
         for other in row.against:
             require(other in names and other != row.name, f"{key}.against", f"there is no other row {other!r}")
-        require(bool(row.recipes), f"{key}.recipes", "give at least one")
         for recipe in row.recipes:
             load_recipe(recipe, row.overrides)
     return study
@@ -232,6 +235,8 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
         else:
             tell(f"{recipe.output_dir}: training")
             run_recipe(recipe, resume=True)
+    base = next(base.path for base in study.bases if base.name == row.base)
+    model = str(Path(recipes[-1].output_dir) / FINAL) if recipes else base
     for test in missing:
         results = study.results(row, seed, test)
         tell(f"{results}: testing")
@@ -242,7 +247,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
             EngineConfig(),
             chosen(row.replacements) if row.replacements and test is study.test else (),
         )
-        list(run_all(plan([str(Path(recipes[-1].output_dir) / FINAL)], [source], results), settings, load))
+        list(run_all(plan([model], [source], results), settings, load))
     return study.results(row, seed, study.test)
 
 
@@ -294,7 +299,7 @@ def outcomes(study: Study, row: Row, test: Test | None = None) -> list[Outcome]:
     """The runs of a row that are done, one for each seed, as a test found them; by default the main one."""
     test = study.test if test is None else test
     found = []
-    for seed in study.seeds:
+    for seed in study.seeds_of(row):
         file = study.results(row, seed, test)
         if not file.exists():
             continue
@@ -307,7 +312,7 @@ def outcomes(study: Study, row: Row, test: Test | None = None) -> list[Outcome]:
                 results,
                 sum(last["step"] for last in lasts),
                 sum(last["seconds"] for last in lasts),
-                lasts[-1]["examples"],
+                lasts[-1]["examples"] if lasts else 0,
             )
         )
     return found

@@ -146,7 +146,7 @@ def _differences(study: Study, done: Mapping[str, Line], also: Sequence[Mapping[
             if (other := done.get(name)) is None:
                 continue
             pairs = [(found.get(line.row.name), found.get(name)) for found in (done, *also)]
-            seconds = f"{line.seconds() / other.seconds():.2f}"
+            seconds = f"{line.seconds() / other.seconds():.2f}" if other.seconds() else "–"
             shown = chain.from_iterable(_ahead(*pair) for pair in pairs)
             parts.append(_cells(line.row.base, f"{line.row.name} − {name}", _seeds(line, other), seconds, *shown))
     if not parts:
