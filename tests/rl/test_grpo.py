@@ -121,7 +121,7 @@ def test_accumulation_changes_nothing(grpo):
     assert metrics(one)[1]["reward"] == pytest.approx(metrics(two)[1]["reward"], abs=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_are_one(grpo, folder, tmp_path, rank):
     lora = [f"model.lora={{rank: {rank}}}"] if rank else []
     one = grpo("one", "train.max_steps=2", *lora)

@@ -30,6 +30,11 @@ def rolled(vlm, seed: int = 0, **changes) -> list[Rollout]:
     return roll_out(vlm, asked, config, range(seed, seed + len(asked)))
 
 
+@pytest.fixture(scope="module")
+def rollouts(tiny) -> list[Rollout]:
+    return rolled(tiny)
+
+
 def apart(vlm, rollouts, **options) -> float:
     """The largest difference between recorded and recomputed log-probabilities of chosen tokens, in one batch."""
     policy = Policy(vlm, temperature=0.9, **options)
@@ -55,9 +60,8 @@ def test_the_trainer_finds_what_the_engine_recorded(tiny, latents, rule):
     assert apart(tiny, rollouts, latents=latents) < 1e-4
 
 
-def test_shifted_latents_are_found_out(tiny):
+def test_shifted_latents_are_found_out(tiny, rollouts):
     """Latents one position late, or another response's, are not taken for the right ones."""
-    rollouts = rolled(tiny)
     thinking = [i for i, each in enumerate(rollouts) if len(each.latents)]
     late = list(rollouts)
     for i in thinking:
@@ -74,12 +78,11 @@ def test_evicted_pictures_are_out_of_the_policys_sight(tiny):
     assert apart(tiny, rollouts, latents="replay") > 1e-2
 
 
-def test_a_rollout_is_a_response_of_generate(tiny):
-    asked = prompts()
-    rollouts = rolled(tiny, seed=5)
+def test_a_rollout_is_a_response_of_generate(tiny, rollouts):
+    asked = prompts()[::4]
     config = GenerationConfig(max_new_tokens=60, temperature=0.9)
-    alone = tiny.generate(asked, config, seeds=list(range(5, 5 + len(asked))))
-    assert [each.trajectory.text for each in rollouts] == [each.text for each in alone]
+    alone = tiny.generate(asked, config, seeds=list(range(0, 4 * len(asked), 4)))
+    assert [each.trajectory.text for each in rollouts[::4]] == [each.text for each in alone]
 
 
 @pytest.mark.parametrize("feedback", ["identity", "linear"])
@@ -170,8 +173,7 @@ def test_only_rerolled_latents_bear_the_gradient_of_later_text(fresh):
     assert norms["reroll"] != pytest.approx(float(norms["replay"]), rel=1e-3)
 
 
-def test_many_positions_are_scored_in_pieces(tiny, monkeypatch):
-    rollouts = rolled(tiny)
+def test_many_positions_are_scored_in_pieces(tiny, rollouts, monkeypatch):
     batch = batch_of(rollouts, tiny)
     whole = Policy(tiny)(**batch)
     monkeypatch.setattr("mirage_vlm.rl.policy.CHUNK", 7)
