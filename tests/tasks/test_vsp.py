@@ -13,11 +13,11 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks import from_record, get_task, task_names
 from mirage_vlm.tasks.base import boxed
 from mirage_vlm.tasks.frozenlake import Maze, shortest_path
-from mirage_vlm.tasks.make import GeneratedDataset, map_split, write_dataset
+from mirage_vlm.tasks.make import GeneratedDataset, split_of, write_dataset
 from mirage_vlm.tasks.vsp import parse_moves
 from mirage_vlm.trajectory import Image, LatentSpan, Text
 
-PLANNING, REASONING, PERCEPTION = (get_task(name) for name in task_names())
+PLANNING, REASONING, PERCEPTION = (get_task(name) for name in task_names()[:3])
 WORDS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 LETTERS = {"U": "up", "D": "down", "L": "left", "R": "right"}
 
@@ -46,7 +46,7 @@ def examples(task, n=150, levels=(3, 4, 5, 6, 8), **options):
 
 
 def test_every_task_scores_its_own_examples_as_correct():
-    for name in task_names():
+    for name in task_names()[:3]:
         for split in ("train", "test"):
             for example in examples(name, 60, style="mixed", split=split):
                 score = get_task(name).score(example)
@@ -365,11 +365,11 @@ def test_unknown_names_are_refused():
 def test_train_and_test_are_disjoint_by_map_across_seeds_and_tasks():
     maps = {"train": set(), "test": set()}
     for split, seen in maps.items():
-        for task in task_names():
+        for task in task_names()[:3]:
             for seed in (0, 1):
                 for example in examples(task, 60, levels=(3, 4), split=split, seed=seed):
                     seen.add(tuple(example.meta["map"]))
-                    assert map_split(Maze.from_rows(example.meta["map"])) == split
+                    assert split_of("/".join(example.meta["map"])) == split
     assert not maps["train"] & maps["test"]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import load_model, new_table, open_sources, parse_levels, progress_bar
+from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar
 from mirage_vlm.errors import MirageError
 
 
@@ -19,7 +19,7 @@ def analyse(
         Path | None, typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Make held-out examples of this task.")] = None,
-    levels: Annotated[str, typer.Option(help="Side lengths of the maps made with --task.")] = "3,4,5,6",
+    levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 100,
     style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
     seed: Annotated[int, typer.Option(help="Seed of made examples, of draws and of halves.")] = 0,
@@ -41,7 +41,7 @@ def analyse(
     if (data is None) == (task is None):
         raise MirageError("say what to look at: give either --data or --task")
     files, tasks = [] if data is None else [data], [] if task is None else [task]
-    (source,) = open_sources(files, tasks, parse_levels(levels), n, style, seed, limit)
+    (source,) = open_sources(files, tasks, levels_of(levels), n, style, seed, limit)
     vlm = load_model(model, device)
     console = Console(stderr=True)
     with progress_bar(console) as bar:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_vlm.cli.options import parse_levels
+from mirage_vlm.cli.options import levels_of, parse_levels
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def check(
 def make(
     task: Annotated[str, typer.Argument(help="Name of the task, such as vsp-planning.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or absent.")],
-    levels: Annotated[str, typer.Option(help="Side lengths of the maps.")] = "3,4,5,6",
+    levels: Annotated[str | None, typer.Option(help="Levels, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option("--n", min=0, help="Number of training examples.")] = 1000,
     n_test: Annotated[
         int | None, typer.Option(min=0, help="Number of test examples; by default n / 10, at least 100.")
@@ -105,7 +105,7 @@ def make(
 
         write_dataset(
             task,
-            parse_levels(levels),
+            levels_of(levels),
             n,
             out,
             seed=seed,

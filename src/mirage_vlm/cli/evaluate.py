@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import load_model, new_table, open_sources, parse_levels, progress_bar
+from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option(help="Make held-out examples of this task; repeat it for several.")
     ] = None,
-    levels: Annotated[str, typer.Option(help="Side lengths of the maps made with --task.")] = "3,4,5,6",
+    levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,
     style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
     seed: Annotated[int, typer.Option(help="Seed of made examples, of sampling, of noise and of intervals.")] = 0,
@@ -83,7 +83,7 @@ def evaluate(
     )
     if not data and not task:
         raise MirageError("say what to evaluate on: give --data or --task")
-    sources = open_sources(data or [], task or [], parse_levels(levels), n, style, seed, limit)
+    sources = open_sources(data or [], task or [], levels_of(levels), n, style, seed, limit)
     runs = plan(model or ["bundled"], sources, out, trajectories, figure)
     console = Console(stderr=True, soft_wrap=True)
     with progress_bar(console) as bar:

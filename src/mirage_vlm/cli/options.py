@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
 
 
+def levels_of(text: str | None) -> tuple[int, ...] | None:
+    """The levels that an option names; None leaves them to the task."""
+    return None if text is None else parse_levels(text)
+
+
 def parse_levels(text: str, option: str = "--levels") -> tuple[int, ...]:
     """`3,4,5` → (3, 4, 5).
 
@@ -49,7 +54,7 @@ def load_model(name: str, device: str | None = None) -> LatentVLM:
 def open_sources(
     data: Sequence[Path],
     tasks: Sequence[str],
-    levels: tuple[int, ...],
+    levels: tuple[int, ...] | None,
     n: int,
     style: Style,
     seed: int,
@@ -72,7 +77,7 @@ def open_sources(
         sources.append(Source({"path": str(path), **common}, examples[:limit]))
     for task in tasks:
         made = GeneratedDataset(task, levels, n, seed, style.value, "test")
-        origin = {"task": task, "levels": list(levels), "n": n, "seed": seed, **common}
+        origin = {"task": task, "levels": list(made.levels), "n": n, "seed": seed, **common}
         sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
     return sources
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.frozenlake import Maze
+from mirage_vlm.tasks.frozenlake import MAX_SIDE, Maze
 from mirage_vlm.trajectory import Image, Message, Trajectory
 
 
@@ -37,6 +37,8 @@ class Task(ABC):
     name: str
     styles: tuple[str, ...] = ("direct", "cot")
     mixture: tuple[str, ...] = ("direct", "cot")  # of the style `mixed`
+    sizes: range = range(2, MAX_SIDE + 1)  # levels that there are
+    usual: tuple[int, ...] = (3, 4, 5, 6)  # where none are named
 
     @abstractmethod
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
@@ -44,10 +46,14 @@ class Task(ABC):
 
         Args:
             rng: the only source of chance.
-            level: side length of the map.
+            level: one of `sizes`: the side length of a map, or how hard the example is.
             style: one of `styles`.
             cell: pixels per side of a cell.
         """
+
+    def key(self, trajectory: Trajectory) -> str:
+        """What tells examples apart that must not be in both splits; of the maze tasks the map."""
+        return "/".join(map_of(trajectory.meta).rows)
 
     @abstractmethod
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:

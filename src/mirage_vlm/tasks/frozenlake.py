@@ -22,6 +22,7 @@ Outcome = Literal["goal", "hole", "safe"]
 
 MOVES: dict[str, Cell] = {"U": (-1, 0), "D": (1, 0), "L": (0, -1), "R": (0, 1)}
 MOVE_WORDS: dict[str, str] = {"U": "up", "D": "down", "L": "left", "R": "right"}
+MAX_SIDE = 12  # of the maps that are made and found again in pictures
 
 _USUAL_HOLES = 0.2  # most maps of the benchmark: each cell a hole with this probability
 _ODD_HOLES = (0.05, 0.4)  # the others: a probability drawn from this range

@@ -14,9 +14,6 @@ from typing import Literal
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import to_record
 from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.base import map_of
-from mirage_vlm.tasks.frozenlake import Maze
-from mirage_vlm.tasks.render import MAX_SIDE
 from mirage_vlm.trajectory import Image, Trajectory
 
 Split = Literal["train", "test"]
@@ -25,9 +22,9 @@ TEST_PERCENT = 10
 DRAWN_AS = "plain"  # the style whose maps are those of all styles that are to be compared
 
 
-def map_split(maze: Maze) -> Split:
-    """The split a map belongs to, for every task, seed and machine: one map in ten is for testing."""
-    digest = hashlib.sha256("/".join(maze.rows).encode()).digest()
+def split_of(key: str) -> Split:
+    """The split of an example by its task's `key`, for every seed and machine: one in ten is for testing."""
+    digest = hashlib.sha256(key.encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") % 100 < TEST_PERCENT else "train"
 
 
@@ -36,9 +33,10 @@ class GeneratedDataset(Sequence[Trajectory]):
 
     Args:
         task: a task's name.
-        levels: side lengths of the maps, taken in turn: example i has `levels[i % len(levels)]`.
+        levels: of the task's `sizes` (side lengths of maps), taken in turn, None = those that
+            are usual: example i has `levels[i % len(levels)]`.
         n: number of examples.
-        seed: another seed gives other examples; train and test stay disjoint by map across all seeds.
+        seed: another seed gives other examples; train and test stay disjoint by the task's `key` across all seeds.
         style: one of the task's styles, or `mixed` (those of its `mixture`, by chance).
         split: `train` or `test`.
         cell: pixels per side of a cell.
@@ -52,7 +50,7 @@ class GeneratedDataset(Sequence[Trajectory]):
     def __init__(
         self,
         task: str,
-        levels: Sequence[int],
+        levels: Sequence[int] | None,
         n: int,
         seed: int = 0,
         style: str = "direct",
@@ -63,8 +61,9 @@ class GeneratedDataset(Sequence[Trajectory]):
         self.task = get_task(task)
         if style != "mixed":
             self.task.check_style(style)
-        if not levels or not all(2 <= level <= MAX_SIDE for level in levels):
-            raise MirageError(f"levels must be side lengths from 2 to {MAX_SIDE}, not {list(levels)}")
+        sizes, levels = self.task.sizes, self.task.usual if levels is None else levels
+        if not levels or not all(level in sizes for level in levels):
+            raise MirageError(f"levels of {task} are from {sizes[0]} to {sizes[-1]}, not {list(levels)}")
         if n < 0:
             raise MirageError(f"the number of examples cannot be {n}")
         if split not in ("train", "test"):
@@ -87,13 +86,13 @@ class GeneratedDataset(Sequence[Trajectory]):
         style = rng.choice(self.task.mixture) if self.style == "mixed" else self.style
         while True:
             trajectory = self.task.make(rng, level, style, self.cell)
-            if map_split(map_of(trajectory.meta)) == self.split:
+            if split_of(self.task.key(trajectory)) == self.split:
                 return trajectory
 
 
 def write_dataset(
     task: str,
-    levels: Sequence[int],
+    levels: Sequence[int] | None,
     n: int,
     out: str | Path,
     *,

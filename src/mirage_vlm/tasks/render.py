@@ -13,13 +13,12 @@ import PIL.Image
 import PIL.ImageDraw
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.frozenlake import Cell, Maze
+from mirage_vlm.tasks.frozenlake import MAX_SIDE, Cell, Maze
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RED = (255, 0, 0)
-MAX_SIDE = 12
 
 _LETTERS = "SFHG"
 _FACINGS = "LDRU"  # the order of gymnasium's actions

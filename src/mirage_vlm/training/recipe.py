@@ -52,7 +52,7 @@ class DataRecipe:
 
     path: str | None = None
     task: str | None = None
-    levels: tuple[int, ...] = (3, 4, 5, 6)
+    levels: tuple[int, ...] | None = None
     n: int = 1000
     seed: int = 0
     style: str = "direct"
