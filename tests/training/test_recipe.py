@@ -8,6 +8,7 @@ import pytest
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.study import load_study
+from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.feedback import FEEDBACKS
 from mirage_vlm.training.recipe import LoraRecipe, Recipe, load_recipe
 
@@ -71,7 +72,7 @@ def test_every_shipped_recipe_loads(path):
 def test_every_shipped_study_loads(path, monkeypatch):
     monkeypatch.chdir(FOLDER.parent)  # its recipes are named from there
     study = load_study(path)
-    assert all((Path(base.path) / "config.json").exists() for base in study.bases)
+    assert all((Path(resolve(base.path)) / "config.json").exists() for base in study.bases)
 
 
 def test_there_are_recipes():
@@ -178,7 +179,7 @@ def test_missing_keys(write):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("stage=stage3", "stage: 'stage3' is not one of sft, stage1, stage2"),
+        ("stage=stage3", "stage: 'stage3' is not one of sft, stage1, stage2, grpo"),
         ("model.scratch={}", "model: give one of path and scratch"),
         ("model.path=", "model: give one of path and scratch"),
         ("model.pooling=avg", "model.pooling: 'avg' is not one of average, grid, random, full, resampler"),
