@@ -87,6 +87,10 @@ def test_a_run_and_its_metrics(grpo, folder, latents):
         assert line["rewards/thought/mean"] == pytest.approx(line["latent_rate"])
         parts = 0.5 * line["rewards/test_grpo:letters/mean"] + line["rewards/thought/mean"]
         assert line["reward"] == pytest.approx(parts, abs=1e-6)
+        if latents == "gaussian":
+            assert line["text_entropy"] > line["entropy"] - 1e-5
+        else:
+            assert line["text_entropy"] == pytest.approx(line["entropy"], rel=1e-5)
         for name in ("kl", "entropy", "frac_reward_zero_std", "clip_ratio/region_mean", "rollout_tokens_per_second"):
             assert name in line
         assert line["rollout_seconds"] > 0 and line["train_seconds"] > 0

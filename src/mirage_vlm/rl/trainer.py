@@ -81,11 +81,12 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         if self.rl.kl > 0:
             self.beta = self.rl.kl
             self.ref_model = self.accelerator.prepare_model(self._reference().eval(), evaluation_mode=True)
-        self._rollouts: dict[int, Rollout] = {}
-        self._order: list[int] = []  # of the rollouts that are being scored
+        self._rollouts: list[Rollout] = []
+        self._order: list[int] = []  # numbers of the rollouts that are being scored
         self._drawn_at, self._drawn = -1, 0
         self._spent = {"rollout": 0.0, "train": 0.0}
-        self._sampled: tuple[torch.Tensor, torch.Tensor] | None = None  # [B, C] what the engine recorded, and where
+        self._recorded = torch.zeros(0)  # [B, C] log-probabilities by the engine, NaN where no token was chosen
+        self._entropy = [0.0, 0.0]  # summed over text tokens since the last log, and their number
         self._largest = 0.0  # difference between the engine's log-probabilities and the trainer's
         self._without = 0  # steps in a row in which no response thought
 
@@ -116,8 +117,7 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
             if prompt not in asked:
                 asked[prompt] = self.examples[int(prompt)]
         made = roll_out(self.vlm, [asked[p] for p in prompts], config, self._seeds(len(prompts)), EngineConfig())
-        self._rollouts = dict(enumerate(made))
-        self._order = list(self._rollouts)
+        self._rollouts, self._order = made, list(range(len(made)))
         self._watch(made)
         self._spent["rollout"] += time.perf_counter() - began
         acts = rl.latents == "gaussian"
@@ -193,9 +193,8 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         began = time.perf_counter()
         self._order = inputs["rollout"].tolist()
-        fresh = self._step // self.args.steps_per_generation % self.num_iterations == 0  # no update since the rollout
-        acts = inputs["completion_mask"].bool() & ~inputs["sampling_per_token_logps"].isnan()
-        self._sampled = (inputs["sampling_per_token_logps"], acts) if fresh else None
+        padding = inputs["completion_mask"] == 0
+        self._recorded = inputs["sampling_per_token_logps"].masked_fill(padding, torch.nan)
         loss = super()._compute_loss(model, inputs)
         self._spent["train"] += time.perf_counter() - began
         return loss
@@ -235,11 +234,19 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
             for found, score in zip((likely, entropy), scores, strict=True):
                 found.append(score.gather(1, at.clamp(max=widest - 1)) * there)
         logps = torch.cat(likely)
-        if compute_entropy and self._sampled is not None:
-            said, known = self._sampled
-            apart = (logps.detach() - said)[known].abs()
-            self._largest = max(self._largest, float(apart.max()) if len(apart) else 0.0)
-        return logps, torch.cat(entropy) if compute_entropy else None, None
+        if not compute_entropy:
+            return logps, None, None
+        self._observe(logps.detach(), torch.cat(entropy))
+        return logps, torch.cat(entropy), None
+
+    def _observe(self, logps: torch.Tensor, entropy: torch.Tensor) -> None:
+        """Of the policy that is trained: its entropy, and how far it is from what the engine recorded."""
+        text = ~self._recorded.isnan()
+        self._entropy[0] += float(entropy[text].sum())
+        self._entropy[1] += int(text.sum())
+        updated = self._step // self.args.steps_per_generation % self.num_iterations > 0  # since the rollout
+        if not updated and bool(text.any()):
+            self._largest = max(self._largest, float((logps - self._recorded)[text].abs().max()))
 
     # -- logs, and what is TRL's and not wanted ----------------------------------------------------------------
 
@@ -252,10 +259,14 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         if tokens and "train_runtime" not in logs:
             largest = torch.tensor([self._largest], device=self.accelerator.device)
             self._note("rollout_logprob_max_abs_diff", float(self.accelerator.gather(largest).max()))
+            sums = torch.tensor(self._entropy, dtype=torch.float64, device=self.accelerator.device)
+            entropy, number = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._note("text_entropy", entropy / max(number, 1))
             for part, seconds in self._spent.items():
                 self._note(f"{part}_seconds", seconds)
                 self._note(f"{part}_tokens_per_second", tokens / max(seconds, 1e-9))
-            self._largest, self._spent = 0.0, dict.fromkeys(self._spent, 0.0)
+            self._largest, self._entropy = 0.0, [0.0, 0.0]
+            self._spent = dict.fromkeys(self._spent, 0.0)
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
