@@ -41,6 +41,7 @@ bases: [{{name: P, path: {folder}/base/final}}]
 test: {{task: vsp-planning, levels: [3], n: 12, seed: 5, max_new_tokens: 24}}
 also: [{{name: unseen, task: vsp-planning, levels: [4], n: 4, seed: 6, max_new_tokens: 24}}]
 seeds: [1, 2]
+summary: What it says.
 rows:
   - {{name: plain, base: P, style: plain, recipes: [{folder}/plain.yaml], about: direct answers}}
   - name: paper
@@ -160,6 +161,7 @@ def test_the_page_says_what_the_results_say(done):
     assert float(cells[4]) == pytest.approx(100 * (np.mean(rights) - np.mean(plain)), abs=0.06)
     plain = [np.mean(correct(o.results)) for o in outcomes(done, done.row("plain"), done.also[0])]
     assert float(cells[6]) == pytest.approx(100 * (np.mean(further) - np.mean(plain)), abs=0.06)
+    assert "\nWhat it says.\n" in text
     (header,) = [line for line in text.splitlines() if line.startswith("| base | row | self |")]
     assert header == "| base | row | self | zero | markers | self − best empty | 95 % |"
     (tested,) = [line for line in text.splitlines() if re.match(r"\| P \| paper \| [\d.]+ \|", line)]

@@ -105,6 +105,7 @@ class Study:
         test: the test of the main table, with replacements.
         also: further tests with a name each, such as maps of sides that were not trained on; without replacements.
         seeds: each row is trained once with each.
+        summary: what is to be read out of it, in Markdown, for the head of its page.
     """
 
     output: str
@@ -113,6 +114,7 @@ class Study:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (1, 2, 3)
     also: tuple[Test, ...] = ()
+    summary: str = ""
 
     def row(self, name: str) -> Row:
         """The row of that name.

@@ -87,6 +87,8 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
             "latents is used.",
             "",
         ]
+    if study.summary:
+        head += [study.summary.strip(), ""]
     further = "".join(f"; {each.name}: {_about(each)}" for each in study.also)
     parts = [
         *head,
