@@ -239,13 +239,14 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
             run_recipe(recipe, resume=True)
     base = next(base.path for base in study.bases if base.name == row.base)
     model = str(Path(recipes[-1].output_dir) / FINAL) if recipes else base
+    evicted = bool(recipes) and recipes[-1].train.visibility == "evict"  # decoded as it was trained
     for test in missing:
         results = study.results(row, seed, test)
         tell(f"{results}: testing")
         made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
         source = Source(_origin(row, test), [made[i] for i in range(test.n)])
         settings = Settings(
-            GenerationConfig(max_new_tokens=test.max_new_tokens),
+            GenerationConfig(max_new_tokens=test.max_new_tokens, evict_images=evicted),
             EngineConfig(),
             chosen(row.replacements) if row.replacements and test is study.test else (),
         )
