@@ -204,7 +204,7 @@ def test_a_metrics_line_cut_short_is_dropped(tmp_path):
 def test_seconds_go_on_over_a_resume(tmp_path, monkeypatch):
     """60 s to step 2, of which the lines were lost, come from its checkpoint; then 7 s more."""
     clock = iter((1_000.0, 1_000.0, 1_007.0, 1_009.0))
-    monkeypatch.setattr("mirage_vlm.training.trainer.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mirage_vlm.training.checkpoints.time.monotonic", lambda: next(clock))
     path = tmp_path / METRICS_FILE
     path.write_text("".join(f'{{"step": {step}, "seconds": {30.0 * step}}}\n' for step in (1, 2, 3)))
     file = MetricsFile(path, 5)
