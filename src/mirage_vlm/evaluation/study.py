@@ -127,6 +127,10 @@ class Study:
                 return row
         raise MirageError(f"there is no row {name!r}; choose from {', '.join(row.name for row in self.rows)}")
 
+    def base_of(self, row: Row) -> str:
+        """The checkpoint that a row starts from."""
+        return next(base.path for base in self.bases if base.name == row.base)
+
     def seeds_of(self, row: Row) -> tuple[int, ...]:
         """The seeds that a row is trained with; a base as it is has only one."""
         return self.seeds if row.recipes else self.seeds[:1]
@@ -178,7 +182,7 @@ def load_study(path: str | Path) -> Study:
 
 def recipes_of(study: Study, row: Row, seed: int) -> list[Recipe]:
     """The recipes of one run: each starts from the one before, with data and order of the seed."""
-    path = next(base.path for base in study.bases if base.name == row.base)
+    path = study.base_of(row)
     found = []
     for i, file in enumerate(row.recipes, start=1):
         recipe = load_recipe(file, row.overrides)
@@ -237,8 +241,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
         else:
             tell(f"{recipe.output_dir}: training")
             run_recipe(recipe, resume=True)
-    base = next(base.path for base in study.bases if base.name == row.base)
-    model = str(Path(recipes[-1].output_dir) / FINAL) if recipes else base
+    model = str(Path(recipes[-1].output_dir) / FINAL) if recipes else study.base_of(row)
     evicted = bool(recipes) and recipes[-1].train.visibility == "evict"  # decoded as it was trained
     for test in missing:
         results = study.results(row, seed, test)

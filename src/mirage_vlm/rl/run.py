@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.rl.rewards import reward_of, scored
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, MetricsFile
+from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
 from mirage_vlm.training.data import Examples, in_one_line, open_source
 from mirage_vlm.training.recipe import Recipe
-from mirage_vlm.training.run import FINAL, merge_adapters, prepare_model, training_arguments
+from mirage_vlm.training.run import (
+    finish,
+    newest_checkpoint,
+    prepare_model,
+    training_arguments,
+    was_over,
+    write_recipe,
+)
 from mirage_vlm.training.run import train as train_on_data
 from mirage_vlm.training.shares import together
 
@@ -61,11 +65,7 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
     )
     output = Path(recipe.output_dir)
     with together(arguments.device):
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is not None and not resume:
-            raise MirageError(
-                f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir"
-            )
+        last = newest_checkpoint(output, resume)
         rewards = {each.name: (reward_of(each.name), each.weight) for each in rl.rewards}
         examples = open_examples(recipe)
         prompts = train_.batch_size * train_.accumulate * arguments.world_size // rl.n
@@ -74,24 +74,18 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
         set_seed(train_.seed)
         vlm = prepare_model(recipe, examples)
     if arguments.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_recipe(recipe)
     arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient
     metrics = MetricsFile(output / METRICS_FILE, len(examples))
     trainer = LatentGRPO(vlm, recipe, arguments, examples, rewards, callbacks=[metrics])
     if trainer.is_fsdp_enabled:
         raise MirageError("stage grpo decodes from whole weights, which FSDP shares out; launch it with DDP (or LoRA)")
-    if last is not None and 0 < train_.max_steps <= int(last.rpartition("-")[2]):
+    if last is not None and was_over(recipe, last):
         trainer.load_weights(last)  # the run was over
     else:
         with in_one_line():
             trainer.train(resume_from_checkpoint=last)
-    if trainer.is_world_process_zero():
-        merge_adapters(vlm)
-        vlm.save_pretrained(output / FINAL)
-        shutil.copy(output / RECIPE_FILE, output / FINAL)
-    trainer.accelerator.wait_for_everyone()
-    return output / FINAL
+    return finish(trainer)
 
 
 def open_examples(recipe: Recipe) -> Examples:

@@ -13,6 +13,8 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.frozenlake import MAX_SIDE, Maze
 from mirage_vlm.trajectory import Image, Message, Trajectory
 
+STEP_BY_STEP = " Think step by step."  # what is added to the question where words are wanted
+
 
 @dataclass(frozen=True)
 class Score:
@@ -75,6 +77,15 @@ class Task(ABC):
         """Refuse a style that this task does not have."""
         if style not in self.styles:
             raise MirageError(f"{self.name} has no style {style!r}; choose from {', '.join(self.styles)}")
+
+
+def shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:
+    """The helper image, where the prompt shows it."""
+    if style != "shown":
+        return ()
+    if not isinstance(details.get("helper"), Image):
+        raise MirageError("the style 'shown' has the helper image in its prompt; give one")
+    return (details["helper"],)
 
 
 def boxed(text: str) -> str | None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import Score, Task, boxed
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, shown
 from mirage_vlm.tasks.choices import read_choice
 from mirage_vlm.tasks.figures import KINDS, LETTERS, Figure
 from mirage_vlm.trajectory import (
@@ -25,8 +25,6 @@ from mirage_vlm.trajectory import (
     assistant_turn,
     user_turn,
 )
-
-STEP_BY_STEP = " Think step by step."
 
 
 class Geometry(Task):
@@ -64,12 +62,9 @@ class Geometry(Task):
         question = str(details.get("question", "")).strip()
         if not question:
             raise MirageError(f"{self.name} needs a question")
-        shown: tuple[Segment, ...] = ()
-        if style == "shown":
-            if not isinstance(details.get("helper"), Image):
-                raise MirageError("the style 'shown' has the helper image in its prompt; give one")
-            shown = (details["helper"],)
-        return (user_turn(image, *shown, question + (STEP_BY_STEP if style in ("cot", "words") else "")),)
+        return (
+            user_turn(image, *shown(style, details), question + (STEP_BY_STEP if style in ("cot", "words") else "")),
+        )
 
     def key(self, trajectory: Trajectory) -> str:
         kind, figure = self._figure(trajectory)

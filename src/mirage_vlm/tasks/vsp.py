@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import Score, Task, boxed, count, map_of
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, count, map_of, shown
 from mirage_vlm.tasks.frozenlake import (
     MOVE_WORDS,
     Cell,
@@ -39,7 +39,6 @@ from mirage_vlm.trajectory import (
     user_turn,
 )
 
-STEP_BY_STEP = " Think step by step."
 STYLES = ("direct", "cot", "plain", "cells", "steps", "words", "shown")
 WAVES = ("waves", "wave-words")  # of planning alone
 PLANNING_QUESTION = (
@@ -73,9 +72,7 @@ class Planning(Task):
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
         """The prompt; with the style `shown` it needs the detail `helper`, a picture."""
         self.check_style(style)
-        return (
-            user_turn(image, *_shown(style, details), PLANNING_QUESTION + (STEP_BY_STEP if style == "cot" else "")),
-        )
+        return (user_turn(image, *shown(style, details), PLANNING_QUESTION + (STEP_BY_STEP if style == "cot" else "")),)
 
     def example(self, maze: Maze, style: str, cell: int = 64, **meta: Any) -> Trajectory:
         """The example of one map.
@@ -157,7 +154,7 @@ class Reasoning(Task):
         if plan is None:
             raise MirageError(f"{self.name} needs a plan, such as plan=LUUR; got {details.get('plan')!r}")
         question = REASONING_QUESTION.format(plan=",".join(plan))
-        return (user_turn(image, *_shown(style, details), question + (STEP_BY_STEP if style == "cot" else "")),)
+        return (user_turn(image, *shown(style, details), question + (STEP_BY_STEP if style == "cot" else "")),)
 
     def example(self, maze: Maze, plan: str, style: str, cell: int = 64, **meta: Any) -> Trajectory:
         """The example of one map and one plan (`LUUR`)."""
@@ -281,15 +278,6 @@ def _response(helper: Image, way: _Way, style: str, before: str, after: str, ans
     if style == "words":
         return (Text(f"<think>{way.in_words()}</think>{box}"),)
     return (Text(box),)  # plain, shown
-
-
-def _shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:
-    """The helper image, where the prompt shows it."""
-    if style != "shown":
-        return ()
-    if not isinstance(details.get("helper"), Image):
-        raise MirageError("the style 'shown' has the helper image in its prompt; give one")
-    return (details["helper"],)
 
 
 def _parse_option(content: str) -> str | None:

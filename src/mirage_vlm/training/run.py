@@ -24,7 +24,7 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
-from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, MetricsFile
+from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, Checkpoints, MetricsFile
 from mirage_vlm.training.data import Collator, Examples, Kept, check_spans, has_spans, in_one_line, open_source
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
@@ -54,11 +54,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     arguments = training_arguments(recipe, TrainingArguments)  # joins the other processes, where there are any
     output = Path(recipe.output_dir)
     with together(arguments.device):
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if last is not None and not resume:
-            raise MirageError(
-                f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir"
-            )
+        last = newest_checkpoint(output, resume)
         examples = Examples([open_source(source) for source in recipe.data])
         if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
@@ -70,8 +66,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
         fit(vlm, alignment, examples, recipe, arguments.device)
     if arguments.process_index == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_recipe(recipe)
     # of these a process without pictures, or without spans, makes no gradient
     sometimes = [p for part in (vlm.vision_tower, vlm.feedback, vlm.pooling) for p in part.parameters()]
     arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
@@ -90,7 +85,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         ),
         callbacks=[MetricsFile(output / METRICS_FILE, len(examples))],
     )
-    if last is not None and 0 < recipe.train.max_steps <= _step_of(last):
+    if last is not None and was_over(recipe, last):
         trainer.load_weights(last)  # the run was over; transformers would train one step more
     else:
         try:
@@ -99,12 +94,42 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         finally:
             trainer.callback_handler.train_dataloader = None  # its worker processes end with it
     trainer.collect()
+    return finish(trainer)
+
+
+def newest_checkpoint(output: Path, resume: bool) -> str | None:
+    """The checkpoint that a run goes on from.
+
+    Raises:
+        MirageError: there is one, and the run is not to go on.
+    """
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if last is not None and not resume:
+        raise MirageError(f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir")
+    return last
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Say in a run's folder what it is."""
+    output = Path(recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def finish(trainer: Checkpoints) -> Path:
+    """Save the final model of a run, a plain checkpoint; returns its folder."""
+    output = Path(trainer.recipe.output_dir)
     if trainer.is_world_process_zero():
-        merge_adapters(vlm)
-        vlm.save_pretrained(output / FINAL)
+        merge_adapters(trainer.vlm)
+        trainer.vlm.save_pretrained(output / FINAL)
         shutil.copy(output / RECIPE_FILE, output / FINAL)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
+
+
+def was_over(recipe: Recipe, last: str | None) -> bool:
+    """Whether a checkpoint is of the last step of a run."""
+    return last is not None and 0 < recipe.train.max_steps <= int(last.rpartition("-")[2])
 
 
 def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
@@ -261,10 +286,6 @@ def training_arguments(recipe: Recipe, kind: type[A], **more: Any) -> A:
     if arguments.n_gpu > 1:  # a single process would split rows among its cards, which pictures do not bear
         arguments._n_gpu = 1
     return arguments
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("-")[2])
 
 
 def _sample_texts(examples: Examples) -> list[str]:
