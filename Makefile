@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench lint format clean
+.PHONY: help setup demo test slow gpu bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(STAMP)  ## run the tests, without the slow ones
 slow: $(STAMP)  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \
 		[ $$status -eq 5 ] || exit $$status; echo "No slow tests yet."; }
+
+gpu: $(STAMP)  ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench: $(STAMP)  ## measure speed, half an hour; BENCH='decode --quick' says what instead of everything
 	@$(BIN)/mirage bench $(BENCH)

@@ -155,25 +155,6 @@ def test_requests_join_while_others_run(tiny, prompts, alone):
     assert set(rows) >= {1, 2, 3, 4}
 
 
-def test_shapes_padded_for_graphs_change_nothing(tiny, prompts, alone):
-    """What CUDA graphs need, without them: rows, blocks, slots and tables are powers of two."""
-    shapes = set()
-    engine = Engine(tiny, EngineConfig(max_rows=6, max_batch_tokens=4096, native=False))
-    engine._static = True
-    plain = engine._decode
-
-    def watched(vlm, inputs, positions, step):
-        shapes.add((inputs.shape[0], *step.table.shape, *(r.high - r.low for r in step.regions)))
-        return plain(vlm, inputs, positions, step)
-
-    engine._decode = watched
-    for prompt in prompts:
-        engine.submit(prompt, max_new_tokens=TOKENS, latent_size=4)
-    assert_same(finished(engine), alone)
-    storage = engine.pool.blocks
-    assert all(n & (n - 1) == 0 or n == storage for shape in shapes for n in shape) and len(shapes) < 20
-
-
 @pytest.mark.parametrize(("slots", "kernel"), [(1, False), (3, False), (3, True)])
 def test_the_decode_step_has_no_graph_break(tiny, prompts, slots, kernel):
     """Compiled as one graph (without generating code for it), it decodes the same."""

@@ -11,7 +11,7 @@ import torch
 
 from mirage_vlm.benchmarks import decode, gpu, scaling, train
 from mirage_vlm.benchmarks.harness import Beginning, Result, Tell, as_json
-from mirage_vlm.decoding.engine import can_compile
+from mirage_vlm.decoding.compiled import can_compile
 from mirage_vlm.errors import MirageError
 
 NAMES = ("decode", "train", "scaling", "gpu")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,21 @@ from transformers import AttentionInterface
 from mirage_vlm.decoding.pool import BlockPool
 
 if TYPE_CHECKING:
-    from mirage_vlm.decoding.native import NativeStep
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 PAGED = "mirage_paged"
 MASKED = -1e30  # finite, so that a block with nothing to read has no NaN, and weighs nothing
 FEW_BLOCKS = 64  # up to so many, copying them side by side is cheaper than putting partial results together
 LOG2_E = math.log2(math.e)
+
+
+class Paged(Protocol):
+    """A pass over positions whose keys and values are kept in the pool."""
+
+    def attend(
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """What a layer's attention module finds: [B, H, T, d] queries, [B, K, T, d] new keys, values → [B, T, H, d]."""
 
 
 @dataclass
@@ -41,10 +49,10 @@ class Prefill:
     blocks: torch.Tensor
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[P, H, T, d] queries, [P, K, T, d] keys and values → [P, T, H, d]."""
-        for store, new in zip(self.pool.layers[layer], (key, value), strict=True):
+        for store, new in zip(self.pool.layers[layer.layer_idx], (key, value), strict=True):
             rows, heads, length, width = new.shape
             padded = F.pad(new, (0, 0, 0, -length % self.pool.size))
             pieces = padded.view(rows, heads, -1, self.pool.size, width).transpose(1, 2)
@@ -118,10 +126,10 @@ class Step:
             self.bias.append(bias[:, 0][self.table].flatten(1)[None, :, None] if self.few else bias[:, None, :, None])
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
-        keys, values = self.pool.layers[layer]
+        keys, values = self.pool.layers[layer.layer_idx]
         keys[self.block, :, self.offset] = key[:, :, 0].to(keys.dtype)
         values[self.block, :, self.offset] = value[:, :, 0].to(values.dtype)
         rows, heads, _, width = query.shape
@@ -191,19 +199,17 @@ def _attend(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float,
-    paged: Prefill | Step | NativeStep,
+    paged: Paged,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """An attention implementation of transformers, chosen by name; `paged` comes through the model's keywords."""
-    return paged.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+    return paged.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register(PAGED, _attend)
 
 
-def run_paged(
-    vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: Prefill | Step | NativeStep
-) -> torch.Tensor:
+def run_paged(vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: Paged) -> torch.Tensor:
     """The decoder over [B, T, D] inputs at [3, B, T] positions, with its keys and values in the pool → [B, T, D]."""
     config = vlm.language_model.config
     usual, config._attn_implementation = config._attn_implementation, PAGED

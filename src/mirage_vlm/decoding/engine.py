@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-import torch.nn.functional as F
 
 from mirage_vlm.decoding import native
 from mirage_vlm.decoding.blocks import run_paged
+from mirage_vlm.decoding.compiled import compiled
 from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+from mirage_vlm.decoding.graphs import Logged, StepGraphs
 from mirage_vlm.decoding.plan import NativePlan, Plan, make_native_plan, make_plan
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
@@ -54,7 +51,7 @@ class Engine:
         text = vlm.language_model.config
         if other := set(text.layer_types) - {"full_attention"}:
             raise MirageError(f"the engine knows full attention only; this model has layers of {', '.join(other)}")
-        self._static = config.compile and self.device.type != "cpu"  # few shapes, fixed addresses: CUDA graphs
+        fixed = config.compile and self.device.type != "cpu"
         size = config.block_size
         dtype = vlm.model.dtype if config.cache_dtype is None else getattr(torch, config.cache_dtype)
         if config.max_batch_tokens is None:
@@ -62,7 +59,7 @@ class Engine:
             limit = int(room / BlockPool.bytes_per_block(text, size, dtype))
         else:
             limit = config.max_batch_tokens // size
-        self.pool = BlockPool(text, size, limit, dtype, self.device, fixed=self._static)
+        self.pool = BlockPool(text, size, limit, dtype, self.device, fixed)
         self.reader = Reader(vlm, self.pool, config.prefill_tokens, config.image_cache)
         self.look_every = config.look_every or (1 if self.device.type == "cpu" else 8)
         self.queue: deque[Response] = deque()
@@ -75,7 +72,10 @@ class Engine:
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None
         self._native = config.native and native.usable(self.pool, vlm.model.dtype)
-        self._decode = _compiled(vlm) if config.compile else run_paged
+        if fixed and not self._native:
+            raise MirageError("compile on CUDA needs the engine's own kernel: Triton, heads as wide as a power of two")
+        self._decode = compiled(vlm) if config.compile else run_paged
+        self._graphs = StepGraphs() if fixed else None
 
     # -- what users call ---------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Engine:
         self.pool.reserved = reserved
         self.reader.read([prompt for prompt in new.values() if not prompt.blocks])
         fresh = new_rows(self.vlm, wave)
-        step = _Logged(*self._chooser(wave)(fresh), inputs=None, consumed=False)
+        step = Logged(*self._chooser(wave)(fresh), inputs=None, consumed=False)
         self.rows = fresh if self.rows is None else self.rows.join(fresh)
         self.active += wave
         self._plan = None
@@ -202,10 +202,21 @@ class Engine:
         assert self.rows is not None
         rows, plan, chooser = self.rows, self._planned(), self._chooser(self.active)
         kept = any(response.config.return_latents for response in self.active)
-        steps = []
-        for _ in range(self.look_every):
+
+        def step(rows: Rows, plan: Plan | NativePlan) -> Logged:
             inputs = self._consume(rows, plan)
-            steps.append(_Logged(*chooser(rows), inputs if kept else None, consumed=True))
+            return Logged(*chooser(rows), inputs if kept else None, consumed=True)
+
+        hooked = any(response.config.latent_hook for response in self.active)  # which asks the host
+        replayed = rows.forced.shape[1] or rows.given.shape[1]  # of any length, so of too many sizes
+        if self._graphs is not None and isinstance(plan, NativePlan) and not (hooked or replayed):
+            own = [(bool(r.config.latent_noise), r.config.evict_images) for r in self.active]
+            kind = (chooser.kind, kept, *map(any, zip(*own, strict=True)))
+            steps = self._graphs.run(step, kind, rows, plan, self.look_every)
+        else:
+            steps = [step(rows, plan) for _ in range(self.look_every)]
+            if self._graphs is not None:
+                self._graphs.forget()
         return self._look(self.active, rows, steps)
 
     def _planned(self) -> Plan | NativePlan:
@@ -220,9 +231,9 @@ class Engine:
                 self._plan = None
         if self._plan is None:
             if self._native:
-                self._plan = make_native_plan(self.active)
+                self._plan = make_native_plan(self.active, self.device)
             else:
-                self._plan = make_plan(self.active, self.pool.size, self.pool.blocks, self.device, self._static)
+                self._plan = make_plan(self.active, self.pool.size, self.device)
         return self._plan
 
     def _consume(self, rows: Rows, plan: Plan | NativePlan) -> torch.Tensor:
@@ -245,16 +256,10 @@ class Engine:
         place = torch.div(rows.length, self.pool.size, rounding_mode="floor").clamp(max=plan.own.shape[1] - 1)
         block = plan.own.gather(1, place.unsqueeze(1)).squeeze(1)
         block = torch.where(live, block, NOBODY)
-        offset, position, padded = rows.length % self.pool.size, rows.position, inputs
-        if self._static:
-            idle = (1 << (len(rows) - 1).bit_length()) - len(rows)
-            block, offset, position = (F.pad(tensor, (0, idle)) for tensor in (block, offset, position))
-            padded = F.pad(inputs, (0, 0, 0, idle))
         evicted = rows.evicted if any(r.config.evict_images for r in self.active) else None
-        step = plan.step(self.pool, block, offset, rows.length, evicted)
-        hidden = self._decode(self.vlm, padded.unsqueeze(1), position.expand(3, -1).unsqueeze(-1), step)[:, 0]
-        # the memory of a graph's result is used again by the next one
-        rows.hidden = hidden[: len(rows)].clone() if self._static else hidden
+        step = plan.step(self.pool, block, rows.length % self.pool.size, rows.length, evicted)
+        positions = rows.position.expand(3, -1).unsqueeze(-1)
+        rows.hidden = self._decode(self.vlm, inputs.unsqueeze(1), positions, step)[:, 0]
         return inputs
 
     def _hooked(self, inputs: torch.Tensor, thinking: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -285,7 +290,7 @@ class Engine:
 
     # -- the host's look, and leaving --------------------------------------------------------------------------
 
-    def _look(self, responses: Sequence[Response], rows: Rows, steps: Sequence[_Logged]) -> list[Event]:
+    def _look(self, responses: Sequence[Response], rows: Rows, steps: Sequence[Logged]) -> list[Event]:
         """Fetch what the rows wrote since the last look, and let go of those that are done."""
         logs = torch.stack([*(step.log for step in steps), rows.status]).tolist()
         status = logs.pop()
@@ -346,49 +351,6 @@ class Engine:
             self.pool.give_back(prompt.blocks)
             self.pool.reserved -= len(prompt.blocks)
             prompt.blocks = []
-
-
-@dataclass(frozen=True)
-class _Logged:
-    """What one step left on the device for the next look: see `Chooser`, and the inputs [B, D] where they are kept."""
-
-    log: torch.Tensor
-    chances: torch.Tensor | None
-    inputs: torch.Tensor | None
-    consumed: bool
-
-
-def can_compile(device: str) -> bool:
-    """Whether `torch.compile` has what it needs on a type of device: for the CPU a C++ compiler."""
-    return device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-
-
-_STEPS: WeakKeyDictionary[LatentVLM, dict[tuple[str, torch.dtype], Callable[..., torch.Tensor]]] = WeakKeyDictionary()
-
-
-def _compiled(vlm: LatentVLM) -> Callable[..., torch.Tensor]:
-    """A model's decode step, compiled without a graph break; on CUDA it is replayed as a graph for each shape.
-
-    On a CPU, torch would look before each step whether any module of the model has changed, which is a twentieth of a
-    step. It is told not to, and so each model and dtype has a step of its own; weights may change, what a module is
-    may not.
-
-    Raises:
-        MirageError: there is no C++ compiler, which torch needs for the CPU.
-    """
-    device = vlm.device.type
-    if not can_compile(device):
-        raise MirageError("compiling for the CPU needs a C++ compiler (g++ or clang++); leave compile off without")
-    steps = _STEPS.setdefault(vlm, {})
-    kind = (device, vlm.model.dtype)
-    if kind not in steps:
-        # torch keeps what it has compiled by code object
-        step = FunctionType(run_paged.__code__.replace(), run_paged.__globals__, run_paged.__name__)
-        how: dict[str, Any] = {"mode": "reduce-overhead"}
-        if device == "cpu":
-            how = {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
-        steps[kind] = torch.compile(step, fullgraph=True, dynamic=True, **how)
-    return steps[kind]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -1,8 +1,9 @@
-"""Paged attention on the CPU by a small C kernel, compiled on first use where a C compiler is found.
+"""Paged attention by a kernel of our own: in C on the CPU, in Triton on CUDA.
 
-torch has no attention over a paged cache for the CPU, and what `blocks` composes of its operations passes over
-memory several times. The kernel, `attend.c`, reads each key and value once, from a cache in float32 or float16. Without
-a compiler, in other dtypes and on other devices the engine uses torch's operations; a test holds the two together.
+torch has no attention over a paged cache, and what `blocks` composes of its operations passes over memory several
+times. The kernels read each key and value once. That of the CPU, `attend.c`, is compiled on first use where a C
+compiler is found, and knows models in float32 with a cache in float32 or float16; that of CUDA is in `triton_kernels`.
+Elsewhere the engine uses torch's operations; tests hold all of them together.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,8 +76,10 @@ def load() -> ctypes.CDLL | None:
 
 
 def usable(pool: BlockPool, dtype: torch.dtype) -> bool:
-    """Whether the kernel can attend over this pool, in a model of that dtype."""
+    """Whether a kernel can attend over this pool, in a model of that dtype."""
     *_, size, width = pool.shape
+    if pool.device.type == "cuda":
+        return 16 <= width <= 256 and width & (width - 1) == 0 and load_triton()
     fits = width % 8 == 0 and pool.device.type == "cpu" and dtype == torch.float32 and max(size, width) <= LARGEST
     if not fits or pool.dtype not in (torch.float32, torch.float16):
         return False
@@ -84,9 +87,21 @@ def usable(pool: BlockPool, dtype: torch.dtype) -> bool:
     return kernel is not None and (pool.dtype == torch.float32 or bool(kernel.mirage_half()))
 
 
+@cache
+def load_triton() -> bool:
+    """Make the kernels in Triton known to torch; False where there is no Triton."""
+    try:
+        from mirage_vlm.decoding import triton_kernels
+    except ImportError:
+        return False
+    _LIBRARY.impl("attend", triton_kernels.attend, "CUDA")
+    _LIBRARY.impl("project", triton_kernels.project, "CUDA")
+    return True
+
+
 @dataclass
 class NativeStep:
-    """One position of every row, by the kernel; takes the place of `blocks.Step`.
+    """One position of every row, by a kernel; takes the place of `blocks.Step`.
 
     Attributes:
         table: [B, M] each row's blocks, its own in order and then its prompt's.
@@ -108,15 +123,45 @@ class NativeStep:
     evicted: torch.Tensor | None
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """[B, H, 1, d] queries, [B, K, 1, d] new keys and values → [B, 1, H, d]."""
-        run = torch.ops.mirage.attend if torch.compiler.is_compiling() else _attend
-        keys, values = self.pool.layers[layer]
+        return self.of(layer.layer_idx).attend(layer, query, key, value, scaling)
+
+    def of(self, layer: int) -> NativeLayer:
+        """The same for one layer, whose number the compiler need not know."""
+        return NativeLayer(self, *self.pool.layers[layer])
+
+    def attend_over(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As `attend`, over the storage of one layer, [blocks, K, size, d]."""
+        run = _attend if keys.device.type == "cpu" and not torch.compiler.is_compiling() else torch.ops.mirage.attend
         rows = (self.table, self.own, self.length, self.shared)
         places = (self.block, self.offset)
         unseen = (self.hidden, self.evicted)
         return run(query, key, value, keys, values, *rows, *places, *unseen, scaling * LOG2_E)
+
+
+@dataclass
+class NativeLayer:
+    """A step in one layer."""
+
+    step: NativeStep
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def attend(
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """As `NativeStep.attend`."""
+        return self.step.attend_over(self.keys, self.values, query, key, value, scaling)
 
 
 def _attend(
@@ -160,3 +205,17 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("attend", _attend, "CPU")
 torch.library.register_fake("mirage::attend", lambda query, *_: query.new_empty(*query.transpose(1, 2).shape))
+
+
+def _project(vector: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+    """One vector [..., inputs] times several matrices [n, inputs], with biases [n] or none → [..., sum of n]."""
+    added: list[torch.Tensor | None] = [*biases] or [None] * len(weights)
+    return torch.cat([torch.nn.functional.linear(vector, w, b) for w, b in zip(weights, added, strict=True)], dim=-1)
+
+
+_LIBRARY.define("project(Tensor vector, Tensor[] weights, Tensor[] biases) -> Tensor")
+_LIBRARY.impl("project", _project, "CPU")
+torch.library.register_fake(
+    "mirage::project",
+    lambda vector, weights, biases: vector.new_empty(*vector.shape[:-1], sum(len(weight) for weight in weights)),
+)

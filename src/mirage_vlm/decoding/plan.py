@@ -42,11 +42,11 @@ class Plan:
         """What attention needs for one position of every row.
 
         Args:
-            block, offset: [rows, idle ones included] where the new positions go.
+            block, offset: [B] where the new positions go.
             length: [B] index of the new position in each response.
             evicted: [B] rows that no longer see the prompt's pictures; None where there is none.
         """
-        step = Step(pool, self.regions, F.pad(self.table, (0, 0, 0, len(block) - len(length))), block, offset)
+        step = Step(pool, self.regions, self.table, block, offset)
         step.mask(length, evicted)
         return step
 
@@ -65,6 +65,13 @@ class NativePlan:
     counts: torch.Tensor
     shared: torch.Tensor
 
+    def padded(self, rows: int, across: int, own: int) -> NativePlan:
+        """The same in memory of its own, for so many rows of so many blocks."""
+        wide = ((self.table, across), (self.own, own))
+        table, mine = (F.pad(t, (0, to - t.shape[1], 0, rows - len(t))) for t, to in wide)
+        counts, shared = (F.pad(t, (0, rows - len(t))) for t in (self.counts, self.shared))
+        return NativePlan(table.clone(), mine.clone(), counts.clone(), shared.clone())
+
     def step(
         self,
         pool: BlockPool,
@@ -73,12 +80,12 @@ class NativePlan:
         length: torch.Tensor,
         evicted: torch.Tensor | None,
     ) -> NativeStep:
-        """As `Plan.step`; there are no idle rows."""
+        """As `Plan.step`."""
         hidden = None if evicted is None else pool.images
         return NativeStep(pool, self.table, self.counts, length, self.shared, block, offset, hidden, evicted)
 
 
-def make_native_plan(responses: Sequence[Response]) -> NativePlan:
+def make_native_plan(responses: Sequence[Response], device: torch.device) -> NativePlan:
     """Lay out the blocks of all rows for the kernel."""
     table = np.zeros((len(responses), max(len(r.blocks) + len(r.prompt.blocks) for r in responses)), dtype=np.int64)
     own = np.zeros((len(responses), max(1, *(len(r.blocks) for r in responses))), dtype=np.int64)
@@ -88,10 +95,10 @@ def make_native_plan(responses: Sequence[Response]) -> NativePlan:
         own[row, : len(mine)] = table[row, : len(mine)] = mine
         table[row, len(mine) : len(mine) + len(read)] = read
         counts[:, row] = len(mine), len(response.prompt.ids)
-    return NativePlan(*map(torch.from_numpy, (table, own, counts[0], counts[1])))
+    return NativePlan(*(torch.from_numpy(array).to(device) for array in (table, own, counts[0], counts[1])))
 
 
-def make_plan(responses: Sequence[Response], size: int, storage: int, device: torch.device, padded: bool) -> Plan:
+def make_plan(responses: Sequence[Response], size: int, device: torch.device) -> Plan:
     """Lay out the blocks of all rows.
 
     Where every prompt has one reader, one stretch of the pool holds everything. Otherwise the prompts' blocks are
@@ -100,26 +107,20 @@ def make_plan(responses: Sequence[Response], size: int, storage: int, device: to
 
     Args:
         size: positions of a block.
-        storage: blocks that are allocated.
-        padded: round shapes up to powers of two, for a compiled step.
     """
-
-    def rounded(number: int, most: int) -> int:
-        return min(most, 1 << (number - 1).bit_length()) if padded else number
-
     readers: dict[int, list[int]] = {}
     for row, response in enumerate(responses):
         readers.setdefault(id(response.prompt), []).append(row)
-    slots = rounded(max(map(len, readers.values())), len(responses))
-    shared_end = rounded(1 + max(max(r.prompt.blocks) for r in responses), storage)
-    own_low = 0 if padded else min((min(r.blocks) for r in responses if r.blocks), default=1)
-    own_end = rounded(1 + max((max(r.blocks) for r in responses if r.blocks), default=1), storage)
+    slots = max(map(len, readers.values()))
+    shared_end = 1 + max(max(r.prompt.blocks) for r in responses)
+    own_low = min((min(r.blocks) for r in responses if r.blocks), default=1)
+    own_end = 1 + max((max(r.blocks) for r in responses if r.blocks), default=1)
     if slots == 1:
         shared_end, own_low, own_end = max(shared_end, own_end), 0, 0
     shared, own_part = _Part(0, shared_end, slots), _Part(own_low, own_end, 1)
-    longest = rounded(max(len(r.blocks) + len(r.prompt.blocks) for r in responses), storage)
+    longest = max(len(r.blocks) + len(r.prompt.blocks) for r in responses)
     table = np.zeros((len(responses), longest), dtype=np.int64)
-    own = np.zeros((len(responses), rounded(max(1, *(len(r.blocks) for r in responses)), storage)), dtype=np.int64)
+    own = np.zeros((len(responses), max(1, *(len(r.blocks) for r in responses))), dtype=np.int64)
     for row, response in enumerate(responses):
         prompt, blocks = response.prompt, np.array(response.blocks, dtype=np.int64)
         read = np.array(prompt.blocks, dtype=np.int64)

@@ -88,6 +88,20 @@ class Rows:
         """The rows at `index`, in its order."""
         return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def padded(self, count: int) -> Rows:
+        """These rows and idle ones up to `count`, in memory of their own."""
+        longer = {}
+        for f in fields(self):
+            ours = getattr(self, f.name)
+            longer[f.name] = torch.cat([ours, ours.new_zeros(count - len(ours), *ours.shape[1:])])
+        padded = Rows(**longer)
+        padded.idle(len(self))
+        return padded
+
+    def idle(self, first: int) -> None:
+        """Let the rows from `first` on do nothing."""
+        self.status[first:] = FULL
+
     def join(self, more: Rows) -> Rows:
         """These rows and then those."""
         joined = {}
@@ -203,6 +217,11 @@ class Chooser:
     sampled: bool
     restricted: bool
     scored: bool
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """What its work depends on beside sizes."""
+        return self.limited, self.learned, self.sampled, self.restricted, self.scored
 
     def __call__(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose, write down, and move every row's state on.
