@@ -43,9 +43,9 @@ class GpuSettings:
     new_tokens: int = 128
     spans: int = 2
     k: int = 4
-    train_batch: int = 8
+    train_batch: int = 16
     repetitions: int = 3
-    warmups: int = 2
+    warmups: int = 1
     device: str = "cuda"
     dtype: str = "bfloat16"
 
@@ -188,9 +188,10 @@ def _check(vlm: Endless, settings: GpuSettings, rows: list[list[int]]) -> None:
 
 
 def _profile_decoding(vlm: Endless, name: str, settings: GpuSettings, trace: Path, result: Result) -> None:
-    """The largest batch, a few steps of it."""
+    """The largest batch, a few steps of it, as fast as they were measured."""
     prompts = [prompt(vlm, settings.prompt, settings.side, seed) for seed in range(max(settings.batches))]
-    engine = engine_for(vlm, prompts, settings.new_tokens, compiled=False)
+    engine = engine_for(vlm, prompts, settings.new_tokens, compiled=any(settings.compiled))
+    decode(engine, prompts, _generation(settings))
     config = replace(_generation(settings), max_new_tokens=min(settings.new_tokens, 20))
     _profile(partial(decode, engine, prompts, config), vlm.device, f"{name}-decode", trace, result)
 

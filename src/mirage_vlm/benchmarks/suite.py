@@ -15,6 +15,7 @@ from mirage_vlm.decoding.compiled import can_compile
 from mirage_vlm.errors import MirageError
 
 NAMES = ("decode", "train", "scaling", "gpu")
+MODELS = {"decode": ("bundled", "random"), "gpu": ("3b", "7b")}
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Options:
         new_tokens: positions of each response (`decode`).
         repetitions: rounds that are timed.
         compiled: also measure with a compiled decode step (`decode`, `gpu`).
-        model: `bundled` or `random` alone (`decode`).
-        batches: numbers of prompts decoded together (`decode`).
+        model: one of the models alone: `bundled` or `random` (`decode`), `3b` or `7b` (`gpu`).
+        batches: numbers of prompts decoded together (`decode`, `gpu`).
     """
 
     quick: bool = False
@@ -51,10 +52,11 @@ class Options:
                 raise MirageError(f"--{option.replace('_', '-')} must be at least {least}, not {value}")
         if self.new_tokens is not None and "decode" not in names:
             raise MirageError("--new-tokens is an option of the decode benchmark alone")
-        if self.model is not None and "decode" not in names:
-            raise MirageError("--model is an option of the decode benchmark alone")
-        if self.batches is not None and "decode" not in names:
-            raise MirageError("--batches is an option of the decode benchmark alone")
+        known = [model for name in names for model in MODELS.get(name, ())]
+        if self.model is not None and self.model not in known:
+            raise MirageError(f"--model {self.model} is not a model of {', '.join(names)}")
+        if self.batches is not None and not {"decode", "gpu"} & set(names):
+            raise MirageError("--batches is an option of the decode and gpu benchmarks alone")
         if self.batches is not None and not all(batch > 0 for batch in self.batches):
             raise MirageError(f"--batches must be positive, not {', '.join(map(str, self.batches))}")
         if self.compiled is not None and not {"decode", "gpu"} & set(names):
@@ -98,14 +100,17 @@ class Options:
     def _decode(self) -> decode.DecodeSettings:
         settings = decode.DecodeSettings.quick() if self.quick else decode.DecodeSettings()
         settings = replace(settings, **self._given("device", "dtype", "batches"))
-        settings = replace(settings, cases=tuple(c for c in settings.cases if self.model in (None, c.name)))
+        if self.model in MODELS["decode"]:
+            settings = replace(settings, cases=tuple(c for c in settings.cases if self.model == c.name))
         compiled = self.compiled
         if compiled is None:
             compiled = not self.quick and can_compile(torch.device(settings.device).type)
         return replace(settings, compiled=compiled).changed(self.new_tokens, self.repetitions)
 
     def _gpu(self) -> gpu.GpuSettings:
-        settings = replace(gpu.GpuSettings(), **self._given("device", "dtype", "repetitions"))
+        settings = replace(gpu.GpuSettings(), **self._given("device", "dtype", "repetitions", "batches"))
+        if self.model in MODELS["gpu"]:
+            settings = replace(settings, shapes=(self.model,))
         return settings if self.compiled in (None, True) else replace(settings, compiled=(False,))
 
     def _given(self, *names: str) -> dict[str, Any]:

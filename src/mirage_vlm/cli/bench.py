@@ -32,6 +32,8 @@ class DType(StrEnum):
 class Model(StrEnum):
     BUNDLED = "bundled"
     RANDOM = "random"
+    SMALLER = "3b"
+    LARGER = "7b"
 
 
 def bench(
@@ -48,8 +50,10 @@ def bench(
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Positions of each response (decode).")] = None,
     repetitions: Annotated[int | None, typer.Option(help="Rounds that are timed.")] = None,
-    model: Annotated[Model | None, typer.Option(help="Measure only this model (decode); both by default.")] = None,
-    batches: Annotated[str | None, typer.Option(help="Batch sizes, with commas (decode); 1,8,64 by default.")] = None,
+    model: Annotated[
+        Model | None, typer.Option(help="Measure only this model: bundled, random (decode), 3b, 7b (gpu).")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes, with commas (decode, gpu).")] = None,
     compiled: Annotated[
         bool | None,
         typer.Option(

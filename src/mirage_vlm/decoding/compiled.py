@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 Decode = Callable[..., torch.Tensor]  # as `run_paged`
-MATRICES, OUTPUTS = 3, 8  # that one call of `mirage::project` takes at most; what their heights are multiples of
+MATRICES, OUTPUTS = 3, 2  # that one call of `mirage::project` takes at most; what their heights are multiples of
 
 
 def can_compile(device: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.windows import side_by_side
 
 
 class QwenVL:
@@ -43,7 +44,8 @@ class QwenVL:
             pixel_values: [patches of all pictures, C · t · p · p].
             grid_thw: [pictures, 3].
         """
-        return list(model.model.get_image_features(pixel_values, grid_thw, return_dict=True).pooler_output)
+        with side_by_side(model.model.visual.config):
+            return list(model.model.get_image_features(pixel_values, grid_thw, return_dict=True).pooler_output)
 
     def positions(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, grid_thw: torch.Tensor | None
