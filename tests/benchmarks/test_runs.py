@@ -241,7 +241,16 @@ def test_scaling_refuses_responses_without_their_spans(small, monkeypatch):
 
 
 def test_gpu_on_a_tiny_shape(tmp_path):
-    result = checked(gpu.run(GPU, silent, tmp_path / "x.json"))
+    parts = []
+    found = gpu.run(
+        GPU, silent, tmp_path / "x.json", lambda result: parts.append([m["of"] for m in result.measurements])
+    )
+    result = checked(found)
+    assert [set(part) for part in parts] == [
+        {"decoding"},
+        {"decoding", "training"},
+        {"decoding", "training", "profile"},
+    ]
     assert set(result.ratios) == {
         "gpu_tiny_b1_over_bound",
         "gpu_tiny_b2_over_bound",

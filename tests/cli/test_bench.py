@@ -50,7 +50,7 @@ def faked(monkeypatch) -> list[tuple[str, Options]]:
     """No benchmark is run; a list of what was asked for."""
     asked: list[tuple[str, Options]] = []
 
-    def fake(self, name, tell, trace):
+    def fake(self, name, tell, trace, save):
         asked.append((name, self))
         tell("working")
         sheet = Sheet(f"{name}: things", ("way", "batch", "speed"), [("engine", "8", 1234.5), ("other", "64", None)])
@@ -95,14 +95,16 @@ def test_without_out_nothing_is_written(bench, tmp_path, faked, monkeypatch):
 def test_what_was_measured_is_kept_when_the_next_one_fails(bench, tmp_path, faked, monkeypatch):
     out, good = tmp_path / "all.json", Options.run
 
-    def second_fails(self, name, tell, trace):
+    def second_fails(self, name, tell, trace, save):
         if name == "train":
+            save(Result(name, {"half": 1}))
             raise suite.MirageError("no")
-        return good(self, name, tell, trace)
+        return good(self, name, tell, trace, save)
 
     monkeypatch.setattr(Options, "run", second_fails)
     bench("all", "--out", out, "--device", "cpu", code=2)
-    assert set(json.loads(out.read_text())["benchmarks"]) == {"decode"}
+    found = json.loads(out.read_text())["benchmarks"]
+    assert set(found) == {"decode", "train"} and found["train"]["settings"] == {"half": 1}
 
 
 def test_options_reach_the_settings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +66,14 @@ def check_device(settings: GpuSettings) -> torch.device:
     return device
 
 
-def run(settings: GpuSettings, tell: Tell, trace: Path | None = None) -> Result:
+def run(
+    settings: GpuSettings, tell: Tell, trace: Path | None = None, save: Callable[[Result], None] | None = None
+) -> Result:
     """Measure every shape.
 
     Args:
         trace: a path like `x.json`; profiles go beside it, as `x-7b-decode.trace.json.gz` and so on.
+        save: is given what is there so far after each part, so that a run that is cut short leaves that.
 
     Raises:
         MirageError: there is no CUDA device.
@@ -91,10 +95,17 @@ def run(settings: GpuSettings, tell: Tell, trace: Path | None = None) -> Result:
     for name in settings.shapes:
         tell(f"{name}: making the weights")
         vlm = shaped(name, device, dtype)
-        _decoding(vlm, name, settings, tell, result)
+        parts: list[Callable[[], None]] = [
+            partial(_decoding, vlm, name, settings, tell, result),
+            partial(_training, vlm, name, settings, fastest, tell, result),
+        ]
         if trace is not None:
-            _profile_decoding(vlm, name, settings, trace, result)
-        _training(vlm, name, settings, fastest, tell, result, trace)
+            parts.append(partial(_profiles, vlm, name, settings, trace, tell, result))
+        for part in parts:
+            part()
+            if save is not None:
+                save(result)
+        del part, parts
         del vlm
         torch._dynamo.reset()  # graphs hold on to the weights
         if device.type == "cuda":
@@ -187,15 +198,6 @@ def _check(vlm: Endless, settings: GpuSettings, rows: list[list[int]]) -> None:
             raise Disagreement(f"a response has {len(row)} positions and {latents} latents")
 
 
-def _profile_decoding(vlm: Endless, name: str, settings: GpuSettings, trace: Path, result: Result) -> None:
-    """The largest batch, a few steps of it, as fast as they were measured."""
-    prompts = [prompt(vlm, settings.prompt, settings.side, seed) for seed in range(max(settings.batches))]
-    engine = engine_for(vlm, prompts, settings.new_tokens, compiled=any(settings.compiled))
-    decode(engine, prompts, _generation(settings))
-    config = replace(_generation(settings), max_new_tokens=min(settings.new_tokens, 20))
-    _profile(partial(decode, engine, prompts, config), vlm.device, f"{name}-decode", trace, result)
-
-
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -206,19 +208,9 @@ def _training(
     fastest: dict[str, float | None],
     tell: Tell,
     result: Result,
-    trace: Path | None,
 ) -> None:
     """Both stages on the same examples; no optimiser, whose states would not fit beside 7 billion parameters."""
-    vlm.opens = False
-    vlm.train()
-    vlm.vision_tower.requires_grad_(False)
-    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    sizes = (settings.prompt, settings.side)
-    response = (settings.new_tokens, settings.spans, settings.k)
-    examples = [example(vlm, *sizes, seed, *response) for seed in range(settings.train_batch)]
-    collated = Collator(vlm.encoder, targets=True)(examples)
-    batch = {key: value.to(vlm.device) for key, value in collated.items()}
-    ways: dict[str, Way] = {stage: partial(forward_backward, StageModule(vlm, stage), batch) for stage in STAGES}
+    batch, ways = _stages(vlm, settings)
     runs = interleave(ways, settings.repetitions, settings.warmups, vlm.device, lambda what: tell(f"{name}: {what}"))
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     for stage, run_ in runs.items():
@@ -245,9 +237,42 @@ def _training(
         percent = [share and 100 * share for share in shares.values()]
         result.sheets[1].rows.append((name, stage, rate, speed / 1e12, *percent, peak and peak / 2**30))
         result.ratios[f"gpu_{name}_{stage}_over_peak"] = over(speed, fastest["datasheet"])
-        if trace is not None:
-            _profile(ways[stage], vlm.device, f"{name}-{stage}", trace, result)
     result.ratios[f"gpu_{name}_stage2_over_stage1"] = over(runs["stage1"].median, runs["stage2"].median)
+
+
+def _stages(vlm: Endless, settings: GpuSettings) -> tuple[dict[str, torch.Tensor], dict[str, Way]]:
+    """A batch, and a forward and backward pass of either stage over it."""
+    vlm.opens = False
+    vlm.train()
+    vlm.vision_tower.requires_grad_(False)
+    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    sizes = (settings.prompt, settings.side)
+    response = (settings.new_tokens, settings.spans, settings.k)
+    examples = [example(vlm, *sizes, seed, *response) for seed in range(settings.train_batch)]
+    collated = Collator(vlm.encoder, targets=True)(examples)
+    batch = {key: value.to(vlm.device) for key, value in collated.items()}
+    return batch, {stage: partial(forward_backward, StageModule(vlm, stage), batch) for stage in STAGES}
+
+
+# -- profiles --------------------------------------------------------------------------------------------------------
+
+
+def _profiles(vlm: Endless, name: str, settings: GpuSettings, trace: Path, tell: Tell, result: Result) -> None:
+    """Decoding and both stages, once each."""
+    tell(f"{name}: profiles")
+    for stage, way in _stages(vlm, settings)[1].items():
+        _profile(way, vlm.device, f"{name}-{stage}", trace, result)
+    vlm.opens = True
+    _profile_decoding(vlm, name, settings, trace, result)
+
+
+def _profile_decoding(vlm: Endless, name: str, settings: GpuSettings, trace: Path, result: Result) -> None:
+    """The largest batch, a few steps of it, as fast as they were measured."""
+    prompts = [prompt(vlm, settings.prompt, settings.side, seed) for seed in range(max(settings.batches))]
+    engine = engine_for(vlm, prompts, settings.new_tokens, compiled=any(settings.compiled))
+    decode(engine, prompts, _generation(settings))
+    config = replace(_generation(settings), max_new_tokens=min(settings.new_tokens, 20))
+    _profile(partial(decode, engine, prompts, config), vlm.device, f"{name}-decode", trace, result)
 
 
 def _profile(way: Way, device: torch.device, what: str, trace: Path, result: Result) -> None:

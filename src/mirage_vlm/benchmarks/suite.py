@@ -81,17 +81,18 @@ class Options:
             raise MirageError(f"{name}: torch finds no CUDA device here")
         return device
 
-    def run(self, name: str, tell: Tell, trace: Path | None) -> Result:
+    def run(self, name: str, tell: Tell, trace: Path | None, save: Callable[[Result], None]) -> Result:
         """Run one benchmark.
 
         Args:
             trace: where its JSON will be; profiles go beside it.
+            save: is given what there is so far, by a benchmark of several long parts.
         """
         run: Callable[..., Result]
         if name == "decode":
             return decode.run(self._decode(), tell)
         if name == "gpu":
-            return gpu.run(self._gpu(), tell, trace)
+            return gpu.run(self._gpu(), tell, trace, save)
         module: Any = {"train": train, "scaling": scaling}[name]
         made = module.TrainSettings if name == "train" else module.ScalingSettings
         settings, run = made.quick() if self.quick else made(), module.run
@@ -125,12 +126,22 @@ def names_of(asked: str, options: Options) -> tuple[str, ...]:
     return NAMES if on_gpu else NAMES[:-1]
 
 
-def measure(name: str, options: Options, command: str, tell: Tell, out: Path | None) -> tuple[Result, dict[str, Any]]:
-    """Run one benchmark: what it found, and its JSON."""
-    begun = Beginning.now()
-    result = options.run(name, tell, out)
-    device = options.device_of(name)
-    return result, as_json(result, quick=options.quick, command=command, device=device, begun=begun)
+def measure(
+    name: str, options: Options, command: str, tell: Tell, out: Path | None, keep: Callable[[dict[str, Any]], None]
+) -> Result:
+    """Run one benchmark: what it found.
+
+    Args:
+        keep: is given the benchmark's JSON at the end, and of a long one after each part, lest all be lost with it.
+    """
+    begun, device = Beginning.now(), options.device_of(name)
+
+    def report(result: Result) -> dict[str, Any]:
+        return as_json(result, quick=options.quick, command=command, device=device, begun=begun)
+
+    result = options.run(name, tell, out, lambda found: keep(report(found)))
+    keep(report(result))
+    return result
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -77,16 +77,19 @@ def bench(
     names = names_of(name.value, options)
     options.check(names)
     command = shlex.join(["mirage", *sys.argv[1:]])
-    parts: list[dict[str, Any]] = []
+    parts: dict[str, dict[str, Any]] = {}
+
+    def keep(report: dict[str, Any]) -> None:
+        parts[report["benchmark"]] = report
+        if out is not None:
+            write_json(out, joined([*parts.values()]) if name is Benchmark.ALL else report)
+
     for one in names:
         with _progress(one) as tell:
-            result, report = measure(one, options, command, tell, out)
-        parts.append(report)
+            result = measure(one, options, command, tell, out, keep)
         for sheet in result.sheets:
             _print(sheet)
         _print_ratios(one, result.ratios)
-        if out is not None:  # after each, so that what was measured is kept whatever comes next
-            write_json(out, report if name is not Benchmark.ALL else joined(parts))
     if out is not None:
         typer.echo(f"the measurements are in {out}")
 
