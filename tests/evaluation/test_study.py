@@ -15,6 +15,7 @@ from mirage_vlm.cli.main import run as command
 from mirage_vlm.cli.options import load_model
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation import study as study_module
+from mirage_vlm.evaluation.curves import curves
 from mirage_vlm.evaluation.intervals import ahead_over_seeds, over_seeds, student
 from mirage_vlm.evaluation.study import Taken, correct, load_study, outcomes, recipes_of, run_row
 from mirage_vlm.evaluation.study_report import lines, page
@@ -41,6 +42,7 @@ bases: [{{name: P, path: {folder}/base/final}}]
 test: {{task: vsp-planning, levels: [3], n: 12, seed: 5, max_new_tokens: 24}}
 also: [{{name: unseen, task: vsp-planning, levels: [4], n: 4, seed: 6, max_new_tokens: 24}}]
 seeds: [1, 2]
+title: What came out
 summary: What it says.
 rows:
   - {{name: plain, base: P, style: plain, recipes: [{folder}/plain.yaml], about: direct answers}}
@@ -175,6 +177,17 @@ def test_the_page_says_what_the_results_say(done):
     assert said == f"({name})" or np.mean(zero) == np.mean(markers)
 
 
+def test_a_curve_is_what_the_runs_wrote_down(done):
+    row = done.row("paper")
+    found = curves(done, row, "loss")
+    assert set(found) == {1, 2}
+    for seed, curve in found.items():
+        file = Path(recipes_of(done, row, seed)[-1].output_dir) / "metrics.jsonl"
+        written = [json.loads(line) for line in file.read_text().splitlines()]
+        assert curve == {line["step"]: line["loss"] for line in written if "loss" in line} and curve
+    assert curves(done, done.row("base"), "loss") == {}
+
+
 def test_the_command(folder, done, capsys):
     pytest.importorskip("matplotlib")
     report, figure = folder / "page.md", folder / "figure.png"
@@ -182,6 +195,18 @@ def test_the_command(folder, done, capsys):
         command(["study", str(folder / "study.yaml"), "--report", str(report), "--figure", str(figure)])
     assert not end.value.code and figure.read_bytes().startswith(b"\x89PNG")
     assert "| paper |" in report.read_text() and "](figure.png)" in report.read_text()
+    assert report.read_text().startswith("# What came out\n")
+    curve = folder / "curve.png"
+    with pytest.raises(SystemExit) as end:
+        command(["study", str(folder / "study.yaml"), "--curve", "loss", "--figure", str(curve)])
+    assert not end.value.code and curve.read_bytes().startswith(b"\x89PNG")
+    for wrong, said in (
+        (["--curve", "reward", "--figure", str(curve)], "no run has"),
+        (["--curve", "loss"], "--figure"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command(["study", str(folder / "study.yaml"), *wrong])
+        assert end.value.code == 2 and said in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         command(["study", str(folder / "study.yaml"), "--seeds", "9"])
     assert end.value.code == 2 and "the study has no 9" in capsys.readouterr().err

@@ -17,6 +17,9 @@ def study(
     seeds: Annotated[str | None, typer.Option(help="Only these seeds, with commas.")] = None,
     report: Annotated[Path | None, typer.Option(help="Run nothing; write the tables of what is done here.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Run nothing; draw what is done, as .png or .svg.")] = None,
+    curve: Annotated[
+        str | None, typer.Option(help="Of --figure: this metric of the runs over their steps, for example reward.")
+    ] = None,
 ) -> None:
     """Train and test what is not done yet. A study that was stopped goes on where it was.
 
@@ -24,6 +27,7 @@ def study(
     """
     from mirage_vlm.cli.options import load_model, parse_levels
     from mirage_vlm.errors import MirageError
+    from mirage_vlm.evaluation.curves import draw_curves
     from mirage_vlm.evaluation.study import Taken, load_study, run_row
     from mirage_vlm.evaluation.study_report import draw, lines, page
     from mirage_vlm.formats import atomic_writer
@@ -33,6 +37,10 @@ def study(
     numbers = found.seeds if seeds is None else parse_levels(seeds, "--seeds")
     if unknown := set(numbers) - set(found.seeds):
         raise MirageError(f"--seeds: the study has no {', '.join(map(str, sorted(unknown)))}")
+    if curve is not None:
+        if figure is None or report is not None:
+            raise MirageError("--curve says what --figure draws; give it that, and no --report")
+        return draw_curves(found, curve, figure)
     if report is not None or figure is not None:
         if not lines(found):
             raise MirageError(f"{found.output}: nothing of the study is done yet")

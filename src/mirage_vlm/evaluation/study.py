@@ -105,6 +105,7 @@ class Study:
         test: the test of the main table, with replacements.
         also: further tests with a name each, such as maps of sides that were not trained on; without replacements.
         seeds: each row is trained once with each.
+        title: of its page.
         summary: what is to be read out of it, in Markdown, for the head of its page.
     """
 
@@ -114,6 +115,7 @@ class Study:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (1, 2, 3)
     also: tuple[Test, ...] = ()
+    title: str = "Results"
     summary: str = ""
 
     def row(self, name: str) -> Row:

@@ -76,7 +76,7 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     """
     done = lines(study)
     test = study.test
-    head = ["# Results", ""]
+    head = [f"# {study.title}", ""]
     if picture is not None:
         head += [
             f"![accuracy of each row, with what replaces its latents]({picture})",
