@@ -25,9 +25,11 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0,
     "settings": 0,
+    "dotted": 0,
     "trajectory": 0,
     "formats": 0,
     "tasks": 1,
+    "sources": 1,
     "modeling": 2,
     "training": 3,
     "decoding": 3,
@@ -35,6 +37,8 @@ FLOORS = {
     "evaluation": 4,
     "benchmarks": 4,
     "serving": 4,
+    "reasoning": 4,
+    "adapters": 4,
     "cli": 5,
     "__main__": 5,
 }

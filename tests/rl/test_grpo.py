@@ -201,7 +201,7 @@ def test_data_whose_answers_cannot_be_checked(tmp_path, folder):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(folder=tmp_path, model=folder / "model"))
     recipe = load_recipe(path, [f"data=[{{path: {data}}}]", "rl.rewards=[{name: accuracy}]"])
-    with pytest.raises(MirageError, match=r"data\.jsonl:2: cannot score: the example names no task"):
+    with pytest.raises(MirageError, match=r"data\.jsonl:2: an example has neither a task nor an answer"):
         open_examples(recipe)
     recipe = load_recipe(path, [f"data=[{{path: {data}}}]"])
     assert len(open_examples(recipe)) == 2, "rewards that look at no answer need none"

@@ -119,7 +119,7 @@ def test_what_is_not_a_reward(name, message):
 
 def test_what_cannot_be_scored():
     for trajectory, message in (
-        (Trajectory((), meta={"map": ["SG"]}), "the example names no task"),
+        (Trajectory((), meta={"map": ["SG"]}), "neither a task nor an answer"),
         (Trajectory((), task="vsp-planning"), 'no "map" in its meta'),
     ):
         with pytest.raises(MirageError, match=message):

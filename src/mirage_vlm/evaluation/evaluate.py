@@ -18,8 +18,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.intervals import wilson
 from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.formats import atomic_writer
-from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.base import Score, boxed
+from mirage_vlm.tasks import Score, score
 from mirage_vlm.trajectory import Decoding, Trajectory
 
 if TYPE_CHECKING:
@@ -118,22 +117,6 @@ def _decode_missing(
         before = now
         if progress is not None:
             progress(len(finished))
-
-
-def score(trajectory: Trajectory) -> Score:
-    r"""The task's checker, or without a task the answer compared with `\boxed{}` (else the whole text).
-
-    Raises:
-        MirageError: the task is unknown, or there is neither task nor answer.
-    """
-    if trajectory.task is not None:
-        return get_task(trajectory.task).score(trajectory)
-    if trajectory.answer is None:
-        raise MirageError("an example has neither a task nor an answer, so it cannot be scored")
-    found = boxed(trajectory.text)
-    given = trajectory.text.strip() if found is None else found.strip()
-    correct = given == trajectory.answer.strip()
-    return Score(correct, bool(given), None, f"{given!r} {'is' if correct else 'is not'} {trajectory.answer!r}")
 
 
 def summarise(scored: Sequence[Scored]) -> dict[str, Any]:

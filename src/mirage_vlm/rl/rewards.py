@@ -6,40 +6,28 @@ name it in `REWARDS`, or name it in a recipe as `package.module:function`.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
 
+from mirage_vlm.dotted import load_named
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.base import Score
+from mirage_vlm.tasks import score
 from mirage_vlm.trajectory import Trajectory
 
 Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
 FORMAT = re.compile(r"\s*<think>((?!</?think>).)*</think>((?!</?think>).)*", re.DOTALL)
 
 
-def scored(trajectory: Trajectory) -> Score:
-    """What the task's checker says.
-
-    Raises:
-        MirageError: the trajectory has no task, or lacks what its checker needs.
-    """
-    if trajectory.task is None:
-        raise MirageError("cannot score: the example names no task")
-    return get_task(trajectory.task).score(trajectory)
-
-
 def accuracy(trajectories: Sequence[Trajectory]) -> list[float]:
     """1 where the task's checker says that the answer is right."""
-    return [float(scored(each).correct) for each in trajectories]
+    return [float(score(each).correct) for each in trajectories]
 
 
 def optimality(trajectories: Sequence[Trajectory]) -> list[float]:
     """1 where a plan is right and as short as can be; for tasks without plans the same as `accuracy`."""
-    scores = list(map(scored, trajectories))
-    return [float(score.correct if score.optimal is None else score.optimal) for score in scores]
+    found = list(map(score, trajectories))
+    return [float(each.correct if each.optimal is None else each.optimal) for each in found]
 
 
 def well_formed(trajectories: Sequence[Trajectory]) -> list[float]:
@@ -90,15 +78,11 @@ def reward_of(name: str) -> Reward:
     if name in REWARDS:
         found = REWARDS[name]
     else:
-        module, colon, attribute = name.partition(":")
-        if not colon:
+        if ":" not in name:
             raise MirageError(
                 f"there is no reward {name!r}; choose from {', '.join(REWARDS)}, or name your own as module:function"
             )
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as fault:
-            raise MirageError(f"the reward {name!r} cannot be had: {fault}") from fault
+        found = load_named(name, "reward")
         if not callable(found):
             raise MirageError(f"the reward {name!r} is not a function")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import set_seed
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.rl.rewards import reward_of, scored
+from mirage_vlm.rl.rewards import reward_of
+from mirage_vlm.tasks import score
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
 from mirage_vlm.training.data import Examples, in_one_line, open_source
@@ -105,7 +106,7 @@ def open_examples(recipe: Recipe) -> Examples:
             continue
         for i, example in enumerate(found, start=1):
             try:
-                scored(example)
+                score(example)
             except MirageError as fault:
                 raise MirageError(f"{source.path}:{i}: {fault}") from fault
     return Examples(sources)

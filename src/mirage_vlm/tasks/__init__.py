@@ -1,14 +1,14 @@
 """Tasks: each makes examples, words prompts and scores answers. `get_task("vsp-planning")` is the way in."""
 
-import importlib
-
+from mirage_vlm.dotted import load_named
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import Score, Task
+from mirage_vlm.tasks.base import Score, Task, boxed
 from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.perception import PERCEPTION
 from mirage_vlm.tasks.vsp import PLANNING, REASONING, from_record
+from mirage_vlm.trajectory import Trajectory
 
-__all__ = ["Score", "Task", "from_record", "get_task", "task_names"]
+__all__ = ["Score", "Task", "from_record", "get_task", "score", "task_names"]
 
 _TASKS: dict[str, Task] = {task.name: task for task in (PLANNING, REASONING, PERCEPTION, GEOMETRY)}
 
@@ -32,11 +32,23 @@ def get_task(name: str) -> Task:
 
 
 def _users_own(name: str) -> Task:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as fault:
-        raise MirageError(f"the task {name!r} cannot be had: {fault}") from fault
+    found = load_named(name, "task")
     if not isinstance(found, Task) or found.name != name:
         raise MirageError(f"{name!r} must be a task, an instance of mirage_vlm.tasks.Task whose name is {name!r}")
     return found
+
+
+def score(trajectory: Trajectory) -> Score:
+    r"""The task's checker, or without a task the answer compared with `\boxed{}` (else the whole text).
+
+    Raises:
+        MirageError: the task is unknown, or there is neither task nor answer.
+    """
+    if trajectory.task is not None:
+        return get_task(trajectory.task).score(trajectory)
+    if trajectory.answer is None:
+        raise MirageError("an example has neither a task nor an answer, so it cannot be scored")
+    found = boxed(trajectory.text)
+    given = trajectory.text.strip() if found is None else found.strip()
+    correct = given == trajectory.answer.strip()
+    return Score(correct, bool(given), None, f"{given!r} {'is' if correct else 'is not'} {trajectory.answer!r}")
