@@ -202,9 +202,9 @@ def test_a_compiled_step_is_its_own_models(tiny, fresh, prompts):
 
 
 def test_compiling_without_a_compiler(tiny, monkeypatch):
-    from mirage_vlm.decoding import engine
+    from mirage_vlm.decoding import compiled
 
-    monkeypatch.setattr(engine.shutil, "which", lambda _: None)
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     with pytest.raises(MirageError, match=r"needs a C\+\+ compiler"):
         Engine(tiny, EngineConfig(compile=True))
 

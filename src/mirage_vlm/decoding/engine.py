@@ -27,6 +27,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Message, Trajectory
 
 if TYPE_CHECKING:
+    from mirage_vlm.modeling.encoding import Pictures
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 REASONS = {STOPPED: "stop", FULL: "length"}
@@ -91,6 +92,7 @@ class Engine:
         *,
         replay: Trajectory | None = None,
         quiet: bool = False,
+        encoded: tuple[list[int], Pictures | None] | None = None,
         **changes: object,
     ) -> int:
         """Put a request into the queue.
@@ -102,6 +104,7 @@ class Engine:
                 instead of the model's own where it holds them. With `logprobs=True` the result says how likely
                 each token was.
             quiet: of its events give out `Finished` alone, which spares the host most of its work.
+            encoded: what `vlm.encoder.prompt` gives for the prompt, where it is known already.
             changes: fields of `config` to replace.
 
         Returns:
@@ -116,7 +119,7 @@ class Engine:
             if replay.decoding is None:
                 raise MirageError("only a decoded trajectory can be replayed; this one has no token ids")
             config = replace(config, max_new_tokens=max(1, len(forced_tokens(self.vlm, replay))))
-        ids, pictures = self.vlm.encoder.prompt(source.prompt)
+        ids, pictures = encoded or self.vlm.encoder.prompt(source.prompt)
         context = self.vlm.family.max_positions
         if len(ids) + config.max_new_tokens > context:
             raise MirageError(

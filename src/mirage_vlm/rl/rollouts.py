@@ -70,14 +70,15 @@ def roll_out(
         group = list(same)
         own = [seeds[i] for i in group]
         asked = replace(config, n=len(group), seeds=own, logprobs=True, return_latents=True)
-        request = running.submit(prompts[group[0]], asked, quiet=True)
+        read = vlm.encoder.prompt(prompts[group[0]].prompt)
+        request = running.submit(prompts[group[0]], asked, quiet=True, encoded=read)
         places += [(request, sample) for sample in range(len(group))]
-        encoded += [vlm.encoder.prompt(prompts[group[0]].prompt)] * len(group)
+        encoded += [read] * len(group)
     for event in running.run():
         if isinstance(event, Finished):
             found[event.request, event.sample] = event.trajectory
     vlm.train(training)
-    return [_rollout(vlm, found[place], *read) for place, read in zip(places, encoded, strict=True)]
+    return [_rollout(vlm, found[place], *pair) for place, pair in zip(places, encoded, strict=True)]
 
 
 def _rollout(vlm: LatentVLM, trajectory: Trajectory, prompt: list[int], pictures: Pictures | None) -> Rollout:
