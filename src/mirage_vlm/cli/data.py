@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mirage_vlm.cli.convert import convert as import_data
 from mirage_vlm.cli.options import levels_of, parse_levels
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
     from mirage_vlm.trajectory import Trajectory
 
-app = typer.Typer(name="data", help="Check, make and convert data.", no_args_is_help=True)
+app = typer.Typer(name="data", help="Check, make, import and convert data.", no_args_is_help=True)
+app.command("import")(import_data)
 
 
 class Style(StrEnum):

@@ -58,6 +58,9 @@ def evaluate(
     figure: Annotated[
         Path | None, typer.Option(help="Draw the replacement test to this .png or .svg; with several, a folder.")
     ] = None,
+    lmms: Annotated[
+        Path | None, typer.Option(help="Write lmms-eval's layout to this folder too; needs --out and --trajectories.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over instead of going on where an evaluation was killed.")
     ] = False,
@@ -69,12 +72,15 @@ def evaluate(
     from rich.console import Console
 
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
+    from mirage_vlm.evaluation.lmms_layout import write_lmms
     from mirage_vlm.evaluation.replace import chosen
     from mirage_vlm.evaluation.run import Settings, plan, run_all
 
     names = () if replace is None else chosen([name.strip() for name in replace.split(",")])
     if figure is not None and not names:
         raise MirageError("--figure draws the replacement test: add --replace, such as --replace all")
+    if lmms is not None and (out is None or trajectories is None):
+        raise MirageError("--lmms is written from the results and the trajectories: add --out and --trajectories")
     settings = Settings(
         GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled),
@@ -105,6 +111,9 @@ def evaluate(
         if "replacements" in results:
             shown.print(_replacements(results))
             shown.print(results["verdict"], highlight=False)
+    for run in runs if lmms is not None else ():
+        assert run.out is not None and run.trajectories is not None and lmms is not None
+        write_lmms(run.out, run.trajectories, lmms)
     if len(runs) > 1:
         shown.print(_summary(found, [run.source.label for run in runs]))
 

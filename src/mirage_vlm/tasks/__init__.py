@@ -3,6 +3,7 @@
 from mirage_vlm.dotted import load_named
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import Score, Task, boxed
+from mirage_vlm.tasks.choices import CHOICE
 from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.perception import PERCEPTION
 from mirage_vlm.tasks.vsp import PLANNING, REASONING, from_record
@@ -10,7 +11,7 @@ from mirage_vlm.trajectory import Trajectory
 
 __all__ = ["Score", "Task", "from_record", "get_task", "score", "task_names"]
 
-_TASKS: dict[str, Task] = {task.name: task for task in (PLANNING, REASONING, PERCEPTION, GEOMETRY)}
+_TASKS: dict[str, Task] = {task.name: task for task in (PLANNING, REASONING, PERCEPTION, GEOMETRY, CHOICE)}
 
 
 def task_names() -> tuple[str, ...]:

@@ -1,14 +1,30 @@
-"""Reading an answer that is one of several choices, by rules that are written down and nowhere lenient in silence."""
+"""Questions with choices or a short answer, read by rules that are written down and nowhere lenient in silence.
+
+Real benchmarks are of this task: `mirage_vlm.sources` reads them.
+"""
 
 from __future__ import annotations
 
+import json
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
-from mirage_vlm.tasks.base import boxed
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed
+from mirage_vlm.trajectory import Image, Message, Text, Trajectory, user_turn
 
 _SIGNS = re.compile(r"[\s.:;,()\[\]*]+")
+_DEGREES = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\s*\\degree")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+# digits behind a leading zero are no number: 012 is not 12
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?|[+-]?\d+/[1-9]\d*", re.IGNORECASE)
+_MATH = re.compile(r"\\[()\[\]]|\$")  # the marks around a formula
+_AROUND = " \t\r\n.;:,()[]*\"'`"
+_BETWEEN = re.compile(r"[\s,;]+(?:and\s+)?")
 
 
 @dataclass(frozen=True)
@@ -59,3 +75,121 @@ def read_choice(text: str, choices: Mapping[str, str]) -> Choice:
 
 def _bare(text: str) -> str:
     return " ".join(_SIGNS.sub(" ", text).split()).casefold()
+
+
+class Choose(Task):
+    r"""`choice`: any question whose right answer is known, with or without choices.
+
+    `meta` has `choices`, the text of each letter (empty where the choices are in the picture), and the right `letter`;
+    or `answer`, a text, or a list of texts that must all be given, in any order.
+    """
+
+    name = "choice"
+    sizes = range(1, 2)
+    usual = (1,)
+
+    def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
+        """There is nothing to make them of.
+
+        Raises:
+            MirageError: always.
+        """
+        raise MirageError("choice has no generator: its questions come from data (`mirage data import`, then --data)")
+
+    def key(self, trajectory: Trajectory) -> str:
+        """The question with all that is known of it."""
+        texts = [s.text for message in trajectory.prompt for s in message.segments if isinstance(s, Text)]
+        return json.dumps([texts, trajectory.meta], sort_keys=True)
+
+    def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
+        """The prompt; it needs the detail `question`, which names the choices and how to answer."""
+        self.check_style(style)
+        question = str(details.get("question", "")).strip()
+        if not question:
+            raise MirageError(f"{self.name} needs a question")
+        return (user_turn(image, question + (STEP_BY_STEP if style == "cot" else "")),)
+
+    def score(self, trajectory: Trajectory) -> Score:
+        """By the letter or the answer of `meta`, with `read_choice` or `same_answer`."""
+        meta = trajectory.meta
+        if "choices" in meta:
+            return _score_letter(trajectory.text, *_choices(meta))
+        if "answer" not in meta:
+            raise MirageError(
+                'cannot score: the example has neither "choices" with a "letter" nor "answer" in its meta'
+            )
+        truth = meta["answer"]
+        known = [truth] if isinstance(truth, str) else truth
+        if (
+            not isinstance(known, list)
+            or not known
+            or not all(isinstance(part, str) and part.strip() for part in known)
+        ):
+            raise MirageError(f'cannot score: "answer" in meta must be a text or a list of texts, not {truth!r}')
+        return _score_answer(trajectory.text, truth)
+
+
+def _choices(meta: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    choices: Any = meta["choices"]
+    letter: Any = meta.get("letter")
+    if not isinstance(choices, Mapping) or not all(isinstance(words, str) for words in choices.values()):
+        raise MirageError(f'cannot score: "choices" in meta must be an object of texts, not {choices!r}')
+    if letter not in choices:
+        raise MirageError(f'cannot score: "letter" in meta is {letter!r}, which is none of {", ".join(choices)}')
+    return dict(choices), letter
+
+
+def _score_letter(text: str, choices: Mapping[str, str], truth: str) -> Score:
+    choice = read_choice(text, choices)
+    if choice.letter is None:
+        return Score(False, False, None, choice.reason)
+    if choice.letter == truth:
+        return Score(True, True, None, f"{truth} is right")
+    return Score(False, True, None, f"{choice.letter} is wrong: it is {truth}")
+
+
+def _score_answer(text: str, truth: str | Sequence[str]) -> Score:
+    content = boxed(text)
+    if content is None and r"\boxed" in text:
+        return Score(False, False, None, r"\boxed{} is not closed")
+    content = (text if content is None else content).strip()
+    if not content.strip(_AROUND):
+        return Score(False, False, None, "no answer")
+    known = truth if isinstance(truth, str) else " ".join(truth)
+    if same_answer(content, truth):
+        return Score(True, True, None, f"{content[:40]!r} is right")
+    return Score(False, True, None, f"{content[:40]!r} is wrong: it is {known[:40]!r}")
+
+
+def same_answer(given: str, truth: str | Sequence[str]) -> bool:
+    r"""Whether two answers say the same.
+
+    Two numbers are the same if their values are (`0.5`, `.50`, `1/2`, `\frac{1}{2}`; `1,000` and `1000`); a unit or a
+    percent sign must be there in both or in neither. Other texts are compared without case, without the spaces and
+    punctuation around them, and without the marks around formulas.
+
+    Args:
+        given: what was answered.
+        truth: what is right; of a list, all parts must be given, in any order, with commas, spaces or `and` between.
+    """
+    if isinstance(truth, str):
+        return _plain_answer(given) == _plain_answer(truth)
+    parts = [part for part in _BETWEEN.split(_MATH.sub(" ", given).strip(_AROUND)) if part.strip(_AROUND)]
+    return {_plain_answer(part) for part in parts} == {_plain_answer(part) for part in truth}
+
+
+def _plain_answer(text: str) -> str | Fraction:
+    """A number as its value, anything else as a text that is alike for all ways to write it."""
+    plain = _DEGREES.sub("°", _MATH.sub(" ", text))
+    plain = re.sub(r"\\d?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", plain).replace("\u2212", "-")
+    plain = " ".join(plain.split())
+    # a point before a digit is not around a number but of it
+    bare = plain.strip(_AROUND) if not re.search(r"(?<!\d)\.\d", plain) else plain.lstrip(" ([*\"'`").rstrip(_AROUND)
+    if _THOUSANDS.fullmatch(bare):
+        bare = bare.replace(",", "")
+    if _NUMBER.fullmatch(bare):
+        return Fraction(bare)
+    return bare.casefold()
+
+
+CHOICE = Choose()

@@ -1,0 +1,138 @@
+"""Cells of a row: nested values, texts, and pictures in any of the ways in which data sets keep them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.sources.mapping import ROW, fill, is_template, names_in
+from mirage_vlm.sources.tables import Row
+from mirage_vlm.trajectory import Image
+
+# base64 of a PNG, JPEG, GIF, WebP or BMP file; no path begins like this and is as long
+_BASE64 = re.compile(r"\s*(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk)[A-Za-z0-9+/\s]{48,}={0,2}\s*")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A drawing function for a picture file's content.
+
+    Attributes:
+        content: the file's bytes, or these as base64.
+        where: the place of its row and the column, for messages.
+    """
+
+    content: bytes | str
+    where: str
+
+    def file(self) -> bytes:
+        """The bytes of the picture file.
+
+        Raises:
+            OSError: they are not base64.
+        """
+        if isinstance(self.content, bytes):
+            return self.content
+        try:
+            return base64.b64decode("".join(self.content.split()), validate=True)
+        except binascii.Error as fault:
+            raise OSError(f"{self.where}: is not base64: {fault}") from fault
+
+    def __call__(self) -> PIL.Image.Image:
+        """The picture."""
+        try:
+            picture = PIL.Image.open(io.BytesIO(self.file()))
+            picture.load()
+        except PIL.UnidentifiedImageError as fault:
+            raise OSError(f"{self.where}: is no picture that can be read") from fault
+        return picture
+
+
+def cell(row: Row, name: str) -> Any:
+    """The value of a column, or of a path into nested data; through lists, the list of what is there.
+
+    Raises:
+        MirageError: the row has no such column.
+    """
+    if name in row.cells:
+        return row.cells[name]
+    first, _, rest = name.partition(".")
+    if not rest or first not in row.cells:
+        raise MirageError(f"{row.where}: has no {name!r}; it has: {', '.join(row.cells)}")
+    return _inside(row.cells[first], rest.split("."))
+
+
+def _inside(value: Any, path: list[str]) -> Any:
+    if not path or value is None:
+        return value
+    if isinstance(value, list):
+        found = [_inside(entry, path) for entry in value]
+        return [entry for entry in found if entry is not None]
+    return _inside(value.get(path[0]) if isinstance(value, Mapping) else None, path[1:])
+
+
+def text(row: Row, column: str) -> str:
+    """A column's text, or a template's.
+
+    Raises:
+        MirageError: there is none.
+    """
+    if is_template(column):
+        values = {name: text(row, name) for name in names_in(column)}
+        return fill(column, values | {ROW: str(row.number)})
+    value = cell(row, column)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        problem = "is empty" if value is None else f"must be a text, not {str(value)[:40]!r}"
+        raise MirageError(f"{row.where}: {column}: {problem}")
+    return str(value)
+
+
+def pictures(row: Row, column: str) -> list[Image]:
+    """The pictures of a column: as many as there are.
+
+    A cell may be what `datasets` stores, bytes, base64, a path from the data's folder, or a list of such.
+
+    Raises:
+        MirageError: a cell is none of these, a URL, or a file that is not there.
+    """
+    value = text(row, column) if is_template(column) else cell(row, column)
+    return [_picture(entry, row, column) for entry in _flat(value)]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from _flat(entry)
+    elif value is not None and value != "":
+        yield value
+
+
+def _picture(value: Any, row: Row, column: str) -> Image:
+    where = f"{row.where}: {column}"
+    if isinstance(value, Mapping) and value.get("bytes"):
+        value = value["bytes"]
+    elif isinstance(value, Mapping):
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return Image(Encoded(value, where))
+    if not isinstance(value, str) or not value:
+        raise MirageError(f"{where}: must be a picture, not {str(value)[:40]!r}")
+    if value.startswith(("http://", "https://")):
+        raise MirageError(f"{where}: is a URL ({value[:60]}); download the pictures, and let the column name the files")
+    if value.startswith("data:"):
+        return Image(Encoded(value.partition(",")[2], where))
+    if _BASE64.fullmatch(value):
+        return Image(Encoded(value, where))
+    path = Path(value) if row.base is None else row.base / value
+    if "\0" in value or not path.is_file():
+        raise MirageError(f"{where}: no such file: {str(path)[:200]}")
+    return Image(path)
