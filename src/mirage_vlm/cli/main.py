@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import analyse, bench, compare, data, evaluate, solve, study, train
+from mirage_vlm.cli import analyse, bench, compare, data, evaluate, solve, study, train, write_reasoning
 from mirage_vlm.errors import MirageError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(analyse.analyse)
 app.command()(train.train)
 app.command()(bench.bench)
 app.command()(study.study)
+app.command()(write_reasoning.write_reasoning)
 app.add_typer(data.app)
 
 

@@ -1,0 +1,1 @@
+"""Reasoning texts written by a stronger model behind an OpenAI-compatible endpoint."""
