@@ -11,9 +11,9 @@ import pytest
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks import from_record, get_task, task_names
-from mirage_vlm.tasks.base import boxed
+from mirage_vlm.tasks.base import boxed, split_of
 from mirage_vlm.tasks.frozenlake import Maze, shortest_path
-from mirage_vlm.tasks.make import GeneratedDataset, split_of, write_dataset
+from mirage_vlm.tasks.make import GeneratedDataset, write_dataset
 from mirage_vlm.tasks.vsp import parse_moves
 from mirage_vlm.trajectory import Image, LatentSpan, Text
 

@@ -5,13 +5,16 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import Score, Task, boxed
 from mirage_vlm.tasks.choices import CHOICE
 from mirage_vlm.tasks.geometry import GEOMETRY
+from mirage_vlm.tasks.jigsaw import FOLDER_JIGSAW, JIGSAW, PHOTO_JIGSAW
 from mirage_vlm.tasks.perception import PERCEPTION
+from mirage_vlm.tasks.sat import SAT
 from mirage_vlm.tasks.vsp import PLANNING, REASONING, from_record
 from mirage_vlm.trajectory import Trajectory
 
 __all__ = ["Score", "Task", "from_record", "get_task", "score", "task_names"]
 
-_TASKS: dict[str, Task] = {task.name: task for task in (PLANNING, REASONING, PERCEPTION, GEOMETRY, CHOICE)}
+_ALL = (PLANNING, REASONING, PERCEPTION, GEOMETRY, JIGSAW, PHOTO_JIGSAW, FOLDER_JIGSAW, SAT, CHOICE)
+_TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def task_names() -> tuple[str, ...]:

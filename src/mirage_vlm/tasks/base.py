@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.frozenlake import MAX_SIDE, Maze
 from mirage_vlm.trajectory import Image, Message, Trajectory
 
+Split = Literal["train", "test"]
+
+TEST_PERCENT = 10
 STEP_BY_STEP = " Think step by step."  # what is added to the question where words are wanted
+
+
+def split_of(key: str) -> Split:
+    """The split of an example by its task's `key`, for every seed and machine: one in ten is for testing."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") % 100 < TEST_PERCENT else "train"
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,15 @@ class Task(ABC):
             style: one of `styles`.
             cell: pixels per side of a cell.
         """
+
+    def make_in(
+        self, split: Split, rng: random.Random, level: int, style: str = "direct", cell: int = 64
+    ) -> Trajectory:
+        """A fresh example of one of the splits; a task that knows the split before it draws may say how."""
+        while True:
+            trajectory = self.make(rng, level, style, cell)
+            if split_of(self.key(trajectory)) == split:
+                return trajectory
 
     def key(self, trajectory: Trajectory) -> str:
         """What tells examples apart that must not be in both splits; of the maze tasks the map."""

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import to_record
 from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.base import Split
 from mirage_vlm.trajectory import Image, Trajectory
 
-Split = Literal["train", "test"]
-
-TEST_PERCENT = 10
 DRAWN_AS = "plain"  # the style whose maps are those of all styles that are to be compared
-
-
-def split_of(key: str) -> Split:
-    """The split of an example by its task's `key`, for every seed and machine: one in ten is for testing."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return "test" if int.from_bytes(digest[:8], "big") % 100 < TEST_PERCENT else "train"
 
 
 class GeneratedDataset(Sequence[Trajectory]):
@@ -84,10 +74,7 @@ class GeneratedDataset(Sequence[Trajectory]):
         level = self.levels[i % len(self.levels)]
         rng = random.Random(f"{self.task.name}/{level}/{self.drawn_as}/{self.split}/{self.seed}/{i}")
         style = rng.choice(self.task.mixture) if self.style == "mixed" else self.style
-        while True:
-            trajectory = self.task.make(rng, level, style, self.cell)
-            if split_of(self.task.key(trajectory)) == self.split:
-                return trajectory
+        return self.task.make_in(self.split, rng, level, style, self.cell)
 
 
 def write_dataset(
