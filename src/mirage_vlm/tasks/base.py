@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.frozenlake import MAX_SIDE, Maze
-from mirage_vlm.trajectory import Image, Message, Trajectory
+from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
 Split = Literal["train", "test"]
 
 TEST_PERCENT = 10
+MOST_DRAWS = 1000  # of which none is for testing once in 10^46
 STEP_BY_STEP = " Think step by step."  # what is added to the question where words are wanted
 
 
@@ -66,11 +67,18 @@ class Task(ABC):
     def make_in(
         self, split: Split, rng: random.Random, level: int, style: str = "direct", cell: int = 64
     ) -> Trajectory:
-        """A fresh example of one of the splits; a task that knows the split before it draws may say how."""
-        while True:
+        """A fresh example of one of the splits; a task that knows the split before it draws may say how.
+
+        Raises:
+            MirageError: none was found, as where all examples have one key.
+        """
+        for _ in range(MOST_DRAWS):
             trajectory = self.make(rng, level, style, cell)
             if split_of(self.key(trajectory)) == split:
                 return trajectory
+        raise MirageError(
+            f"{self.name}: none of {MOST_DRAWS} examples of level {level} is for {split}; the task has too few keys"
+        )
 
     def key(self, trajectory: Trajectory) -> str:
         """What tells examples apart that must not be in both splits; of the maze tasks the map."""
@@ -96,6 +104,22 @@ class Task(ABC):
         """Refuse a style that this task does not have."""
         if style not in self.styles:
             raise MirageError(f"{self.name} has no style {style!r}; choose from {', '.join(self.styles)}")
+
+
+def respond(style: str, before: str, helper: Image, after: str, answer: str) -> tuple[Segment, ...]:
+    """A response in one of the styles that all tasks have.
+
+    Args:
+        before, after: what is thought before and after the helper image.
+    """
+    box = rf"\boxed{{{answer}}}"
+    if style == "direct":
+        return LatentSpan(helper), Text(box)
+    if style == "cot":
+        return Text(f"<think>{before}"), LatentSpan(helper), Text(f" {after}</think>{box}")
+    if style == "words":
+        return (Text(f"<think>{before} {after}</think>{box}"),)
+    return (Text(box),)  # plain, shown
 
 
 def shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:

@@ -12,15 +12,12 @@ from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, shown
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, respond, shown
 from mirage_vlm.tasks.choices import read_choice
 from mirage_vlm.tasks.figures import KINDS, LETTERS, Figure
 from mirage_vlm.trajectory import (
     Image,
-    LatentSpan,
     Message,
-    Segment,
-    Text,
     Trajectory,
     assistant_turn,
     user_turn,
@@ -46,10 +43,11 @@ class Geometry(Task):
         answer = made.solve(figure)
         helper = Image(partial(made.draw, figure, cell, True))
         picture = Image(partial(made.draw, figure, cell))
+        before, after = made.think(figure)
         return Trajectory(
             messages=(
                 *self.prompt(picture, style, question=made.ask(figure), helper=helper),
-                assistant_turn(*_response(style, helper, *made.think(figure), answer)),
+                assistant_turn(*respond(style, before, helper, after, answer)),
             ),
             task=self.name,
             answer=answer,
@@ -96,17 +94,6 @@ class Geometry(Task):
         if kind not in KINDS or not isinstance(figure, dict):
             raise MirageError('cannot score: the example has no "kind" and "figure" in its meta')
         return kind, figure
-
-
-def _response(style: str, helper: Image, before: str, after: str, answer: str) -> tuple[Segment, ...]:
-    box = rf"\boxed{{{answer}}}"
-    if style == "direct":
-        return LatentSpan(helper), Text(box)
-    if style == "cot":
-        return Text(f"<think>{before}"), LatentSpan(helper), Text(f" {after}</think>{box}")
-    if style == "words":
-        return (Text(f"<think>{before} {after}</think>{box}"),)
-    return (Text(box),)  # plain, shown
 
 
 GEOMETRY = Geometry()

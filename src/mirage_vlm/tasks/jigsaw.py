@@ -16,10 +16,10 @@ import numpy as np
 import PIL.Image
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Split, Task, shown
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Split, Task, respond, shown
 from mirage_vlm.tasks.choices import read_choice
 from mirage_vlm.tasks.photos import BuiltIn, Folder, Photos, Scenes
-from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory, assistant_turn, user_turn
+from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
 
 Part = Literal["asked", "A", "B", "helper"]
 
@@ -159,10 +159,11 @@ class Jigsaw(Task):
     def example(self, puzzle: Puzzle, style: str, cell: int = 64, **meta: Any) -> Trajectory:
         """The example of one puzzle."""
         asked, *candidates, helper = (Image(partial(puzzle.draw, self.photos, cell, part)) for part in PARTS)
+        before, after = _thought(puzzle)
         return Trajectory(
             messages=(
                 *self.prompt(asked, style, candidates=candidates, helper=helper),
-                assistant_turn(*_response(style, helper, puzzle)),
+                assistant_turn(*respond(style, before, helper, after, puzzle.answer())),
             ),
             task=self.name,
             answer=puzzle.answer(),
@@ -243,20 +244,13 @@ def differ(photos: Photos, one: Piece, other: Piece) -> bool:
     return bool(gap.sum() >= APART * gap.size and edges.sum() >= APART * edges.size)
 
 
-def _response(style: str, helper: Image, puzzle: Puzzle) -> tuple[Segment, ...]:
+def _thought(puzzle: Puzzle) -> tuple[str, str]:
+    """What is thought before and after the helper image."""
     truth = puzzle.answer()
     (wrong,) = set(CHOICES) - {truth}
-    before = "I picture the photo with its corner filled in."
     fault = _fault(puzzle.candidates[wrong], puzzle.whole.corner())
     after = f"What meets the edges goes on in {CHOICES[truth]}; {CHOICES[wrong]} {fault}."
-    box = Text(rf"\boxed{{{truth}}}")
-    if style == "direct":
-        return LatentSpan(helper), box
-    if style == "cot":
-        return Text(f"<think>{before}"), LatentSpan(helper), Text(f" {after}</think>{box.text}")
-    if style == "words":
-        return (Text(f"<think>{before} {after}</think>{box.text}"),)
-    return (box,)  # plain, shown
+    return "I picture the photo with its corner filled in.", after
 
 
 def _fault(wrong: Piece, hole: Piece) -> str:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, shown
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, respond, shown
 from mirage_vlm.tasks.choices import read_choice
 from mirage_vlm.tasks.rooms import Scene, draw_view
 from mirage_vlm.tasks.spatial import KINDS
-from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory, assistant_turn, user_turn
+from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
 
 LETTERS = "AB"
 PIXELS = 4  # a picture's side, in cells
@@ -48,10 +48,11 @@ class Sat(Task):
         details: dict[str, Any] = {"question": asked.ask(scene), "choices": scene["choices"], "helper": helper}
         if len(pictures) > 1:
             details["after"] = pictures[1]
+        before, read = asked.think(scene)
         return Trajectory(
             messages=(
                 *self.prompt(pictures[0], style, **details),
-                assistant_turn(*_response(style, helper, *asked.think(scene), answer)),
+                assistant_turn(*respond(style, before, helper, f"{read} It is {answer}.", answer)),
             ),
             task=self.name,
             answer=answer,
@@ -107,17 +108,6 @@ def _scene_of(meta: Mapping[str, Any]) -> tuple[str, Scene]:
     if not isinstance(kind, str) or kind not in KINDS or not isinstance(scene, dict):
         raise MirageError('cannot score: the example has no "kind" and "scene" in its meta')
     return kind, scene
-
-
-def _response(style: str, helper: Image, before: str, read: str, answer: str) -> tuple[Segment, ...]:
-    box = rf"\boxed{{{answer}}}"
-    if style == "direct":
-        return LatentSpan(helper), Text(box)
-    if style == "cot":
-        return Text(f"<think>{before}"), LatentSpan(helper), Text(f" {read} It is {answer}.</think>{box}")
-    if style == "words":
-        return (Text(f"<think>{before} {read} It is {answer}.</think>{box}"),)
-    return (Text(box),)  # plain, shown
 
 
 SAT = Sat()
