@@ -72,11 +72,11 @@ def write(tmp_path):
 def test_files_have_the_names_and_keys_of_the_layout(tmp_path, decoded):
     aggregated, samples = write(tmp_path)
     assert aggregated == tmp_path / "out/org__model/20260102_030405_results.json"
-    assert samples == tmp_path / "out/org__model/20260102_030405_samples_choice.jsonl"
+    assert samples == tmp_path / "out/org__model/20260102_030405_samples_choice_data.jsonl"
     found = json.loads(aggregated.read_text())
     assert set(found) == set(RESULTS)
     for key, value in RESULTS.items():
-        mine = found[key]["choice"] if isinstance(value, dict) and "mmstar" in value else found[key]
+        mine = found[key]["choice_data"] if isinstance(value, dict) and "mmstar" in value else found[key]
         theirs = value["mmstar"] if isinstance(value, dict) and "mmstar" in value else value
         if isinstance(theirs, dict):
             assert set(theirs) <= set(mine), key
@@ -92,12 +92,12 @@ def test_files_have_the_names_and_keys_of_the_layout(tmp_path, decoded):
 def test_values(tmp_path, decoded):
     aggregated, samples = (path.read_text() for path in write(tmp_path))
     found, lines = json.loads(aggregated), [json.loads(line) for line in samples.splitlines()]
-    row = found["results"]["choice"]
+    row = found["results"]["choice_data"]
     outcomes = [1, 1, 0, 1]
     assert row["exact_match,none"] == statistics.mean(outcomes)
     assert row["exact_match_stderr,none"] == pytest.approx(statistics.stdev(outcomes) / math.sqrt(4))
     assert row["exact_match_ci95,none"] == pytest.approx([0.3006, 0.9544], abs=1e-4)  # Wilson's, worked out by hand
-    assert found["n-samples"]["choice"] == {"original": 4, "effective": 4}
+    assert found["n-samples"]["choice_data"] == {"original": 4, "effective": 4}
     assert [line["exact_match"] for line in lines] == outcomes
     assert [line["doc_id"] for line in lines] == [0, 1, 2, 3]
     assert lines[1]["filtered_resps"] == ["So \\boxed{y}"]
@@ -106,6 +106,36 @@ def test_values(tmp_path, decoded):
     assert {line["target_hash"] for line in lines} == {hashlib.sha256(b"B").hexdigest()}
     assert len({line["doc_hash"] for line in lines}) == 4
     assert lines[3]["input"].startswith("Which, 3?\n(A) x\n(B) y\n")
+
+
+def test_evaluations_of_the_same_second_are_all_kept(tmp_path, decoded):
+    """Of another data file, of a file of the same name, and the first of them again."""
+    results, _ = decoded
+    written = []
+    for path in ("data.jsonl", "other.jsonl", "there/data.jsonl", "data.jsonl"):
+        (tmp_path / "results.json").write_text(json.dumps(results | {"data": {"path": path, "limit": None}}))
+        written.append(write(tmp_path))
+    folder = tmp_path / "out/org__model"
+    names = [[str(path.relative_to(folder)) for path in files] for files in written]
+    assert names == [
+        ["20260102_030405_results.json", "20260102_030405_samples_choice_data.jsonl"],
+        ["20260102_030405-2_results.json", "20260102_030405-2_samples_choice_other.jsonl"],
+        ["20260102_030405-3_results.json", "20260102_030405-3_samples_choice_data.jsonl"],
+        names[0],
+    ]
+    assert len(list(folder.iterdir())) == 6
+    paths = [json.loads(files[0].read_text())["configs"] for files in written]
+    assert [next(iter(tasks.values()))["dataset_path"] for tasks in paths[:3]] == [
+        "data.jsonl",
+        "other.jsonl",
+        "there/data.jsonl",
+    ]
+
+
+def test_made_examples_keep_the_name_of_their_task(decoded):
+    results, trajectories = decoded
+    aggregated, samples = to_lmms(results | {"data": {"task": "choice", "levels": [1]}}, trajectories)
+    assert (list(aggregated["results"]), list(samples)) == (["choice"], ["choice"])
 
 
 def test_both_must_be_of_the_same_evaluation(decoded):
@@ -133,6 +163,22 @@ def test_mirage_eval_writes_it(tmp_path, capsys):
         command([*line, "--out", files[0], "--trajectories", files[1], "--lmms", files[2]])
     assert not end.value.code
     (results,) = (tmp_path / "logs").glob("*/*_results.json")
-    (samples,) = (tmp_path / "logs").glob("*/*_samples_vsp-planning.jsonl")
-    assert json.loads(results.read_text())["n-samples"]["vsp-planning"]["effective"] == 2
+    (samples,) = (tmp_path / "logs").glob("*/*_samples_vsp-planning_planning.jsonl")
+    assert json.loads(results.read_text())["n-samples"]["vsp-planning_planning"]["effective"] == 2
     assert len(samples.read_text().splitlines()) == 2
+
+
+def test_mirage_eval_writes_one_for_each_data_file(tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(line + "\n" for line in VSP.read_text().splitlines()[2:5]))
+    line = ["eval", "--data", str(VSP), "--data", str(other), "--limit", "2", "--max-new-tokens", "4"]
+    files = {name: str(tmp_path / name) for name in ("out", "trajectories", "lmms")}
+    with pytest.raises(SystemExit) as end:
+        command([*line, *(part for name, path in files.items() for part in (f"--{name}", path))])
+    assert not end.value.code
+    found = [json.loads(path.read_text()) for path in (tmp_path / "lmms").glob("*/*_results.json")]
+    assert sorted(task for results in found for task in results["results"]) == [
+        "vsp-planning_other",
+        "vsp-planning_planning",
+    ]
+    assert len(list((tmp_path / "lmms").glob("*/*_samples_*.jsonl"))) == 2

@@ -4,6 +4,9 @@ import base64
 import csv
 import io
 import json
+import pickle
+from datetime import datetime
+from decimal import Decimal
 
 import datasets
 import numpy as np
@@ -273,6 +276,94 @@ def test_files(tmp_path, write):
     assert [(question(e).partition("\n")[0], e.answer) for e in examples] == [(row["q"], row["a"]) for row in ROWS]
     message = fault(Mapping("ask", Answer("a"), split="test"), tmp_path)
     assert message.endswith(": has no column 'ask' (question); there are: q, a")
+
+
+@pytest.mark.parametrize(
+    ("split", "names"),
+    [
+        ("test", ["data/test-00000-of-00001.jsonl", "SAT_test.jsonl", "test.jsonl", "test/0.jsonl", "test_2.jsonl"]),
+        ("val", ["val-0.jsonl"]),
+        ("testmini", ["testmini-00000-of-00001.jsonl"]),
+        ("train", []),
+    ],
+)
+def test_a_split_is_a_whole_word_of_a_files_name(tmp_path, split, names):
+    there = ["data/test-00000-of-00001", "SAT_test", "test", "test/0", "test_2", "val-0", "testmini-00000-of-00001"]
+    for name in (*there, "eval-0", "retest", "test_mini", "pretrain"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"q": "?", "a": f"{name}.jsonl"}) + "\n")
+    mapping = Mapping("q", Answer("a"), split=split)
+    if names:
+        assert sorted(example.answer for example in load(mapping, tmp_path)) == sorted(names)
+    else:
+        message = fault(mapping, tmp_path)
+        assert message.startswith(f"{tmp_path}: has no data file of the split 'train'; there are: ")
+
+
+def test_a_key_that_a_json_row_lacks_is_an_empty_cell(tmp_path):
+    (tmp_path / "red.png").write_bytes(png(RED))
+    records = [{"q": "1", "a": "x"}, {"q": "2", "p": "red.png", "a": "y"}, {"q": "3"}]
+    mapping = Mapping("q", Answer("a"), helpers=("p",))
+    for path in (jsonl(tmp_path, *records), tmp_path / "data.json"):
+        path.write_text(path.read_text() if path.suffix == ".jsonl" else json.dumps(records))
+        examples = load(mapping, path)
+        assert [len(next(examples).spans) for _ in range(2)] == [0, 1]
+        with pytest.raises(MirageError, match=r"data\.json(l:3|\[2\]): a: is empty"):
+            next(examples)
+    none = jsonl(tmp_path, *({"q": "1", "a": "x"},) * 2)
+    assert fault(mapping, none) == f"{none}: has no column 'p' (helpers[0]); there are: q, a"
+
+
+@pytest.mark.parametrize("key", ["keep", "level"])
+@pytest.mark.parametrize(
+    "value", [datetime(2026, 1, 2), Decimal("0.5"), float("nan"), {"bytes": png(RED), "path": None}]
+)
+def test_what_meta_cannot_keep_is_named(tmp_path, key, value):
+    path = tmp_path / "data.parquet"
+    datasets.Dataset.from_dict({"q": ["?"], "a": ["x"], "k": [value]}).to_parquet(str(path))
+    mapping = Mapping("q", Answer("a"), **{key: ("k",) if key == "keep" else "k"})
+    message = fault(mapping, path)
+    assert message.startswith(f"{path}[0]: k: ") and "cannot be kept in meta" in message
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (["Paris, France", "Rome"], "'Paris, France, Rome' is wrong"),
+        ("**", "no answer"),
+        ("open {", r"\boxed{} is not closed"),
+    ],
+)
+def test_a_row_whose_own_answer_would_be_wrong_is_named(tmp_path, answer, verdict):
+    path = jsonl(tmp_path, {"q": "?", "a": "fine"}, {"q": "?", "a": answer})
+    assert fault(Mapping("q", Answer("a")), path).startswith(
+        f"{path}:2: a: the right answer would not count as right: {verdict}"
+    )
+
+
+def test_a_kept_column_that_takes_the_place_of_the_choices_is_named(tmp_path):
+    path = jsonl(tmp_path, {"q": "?", "choices": ["x", "y"], "a": "A"})
+    mapping = Mapping("q", Answer("a"), choices=Choices(column="choices"), keep=("choices",))
+    assert fault(mapping, path).startswith(f'{path}:1: a: cannot score: "choices" in meta must be')
+
+
+def test_lists_of_several_words(tmp_path):
+    path = jsonl(tmp_path, {"q": "?", "a": ["upper left", "lower right"]})
+    (example,) = load(Mapping("q", Answer("a")), path)
+    assert example.answer == "upper left, lower right"
+    assert score(example).correct
+
+
+def test_base64_that_is_none_is_named(tmp_path):
+    path = jsonl(tmp_path, {"q": "?", "p": "data:image/png;base64,abc", "a": "x"})
+    assert fault(Mapping("q", Answer("a"), images=("p",)), path).startswith(f"{path}:1: p: is not base64: ")
+
+
+def test_pictures_of_rows_can_be_pickled(tmp_path):
+    path = jsonl(tmp_path, {"q": "?", "p": base64.b64encode(png(RED)).decode(), "a": "x"})
+    (example,) = pickle.loads(pickle.dumps(list(load(Mapping("q", Answer("a"), images=("p",)), path))))
+    assert shown(example) == [RED]
 
 
 def test_rows_are_read_one_after_the_other(tmp_path):

@@ -56,6 +56,17 @@ def test_split_and_subset_from_outside(tmp_path):
     assert (found.split, found.config) == ("test", "y")
 
 
+@pytest.mark.parametrize("name", ["2024", "*", "null", "[a", "a: b", ""])
+def test_split_and_subset_from_outside_are_taken_as_they_stand(tmp_path, name):
+    found = mapping(tmp_path, LEAST, split=name, config=name)
+    assert (found.split, found.config) == (name, name)
+
+
+def test_a_subset_from_outside_that_is_not_there(tmp_path):
+    with pytest.raises(MirageError, match=r"map\.yaml.*: config: there is no '2024'; choose from x, y$"):
+        mapping(tmp_path, LEAST + "configs: [x, y]\n", config="2024")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

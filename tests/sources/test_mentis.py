@@ -69,6 +69,30 @@ def test_faults_name_the_file(tmp_path, known, message):
     assert str(caught.value).startswith(f"{place}/{message}")
 
 
+def test_a_level_without_a_number(tmp_path):
+    place = puzzle(tmp_path, "paper-fold", FOLD)
+    place.parent.rename(place.parent.with_name("level_x"))
+    with pytest.raises(MirageError) as caught:
+        list(load_preset("mentisoculi-paper-fold", tmp_path))
+    assert str(caught.value) == f"{place.parent.parent}/level_x: must end in the number of the level, not 'x'"
+
+
+def test_an_answer_that_could_not_be_right(tmp_path):
+    place = puzzle(tmp_path, "form-board", BOARD | {"solution_pieces": ["piece A", "piece C"]})
+    with pytest.raises(MirageError) as caught:
+        list(load_preset("mentisoculi-form-board", tmp_path))
+    assert str(caught.value).startswith(f"{place}/metadata.json: the right answer would not count as right: ")
+
+
+def test_the_folder_of_the_task_itself_but_of_no_other(tmp_path, monkeypatch):
+    folder = puzzle(tmp_path, "paper-fold", FOLD).parents[2]
+    assert len(list(load_preset("mentisoculi-paper-fold", folder))) == 1
+    with pytest.raises(MirageError, match="has no form-board/output"):
+        load_preset("mentisoculi-form-board", folder)
+    monkeypatch.chdir(folder)
+    assert len(list(load_preset("mentisoculi-paper-fold", "."))) == 1
+
+
 def test_no_such_folder(tmp_path):
     with pytest.raises(MirageError, match="has no paper-fold/output; name a copy of Jana-Z/mentis-oculi"):
         load_preset("mentisoculi-paper-fold", tmp_path)

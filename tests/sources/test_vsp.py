@@ -122,6 +122,7 @@ def test_whether_a_plan_is_safe(tmp_path):
     [
         ("task-main", {"table": TABLE.replace("#", "X")}, "table (0): 'X' is no tile; there are @, *, #, _"),
         ("task-main", {"table": TABLE.replace("@", "_")}, "table (0): "),
+        ("task-main", {"table": TABLE.replace("| _ | _ | # |", "| # | # | # |")}, "table (0): map: no safe path leads"),
         ("task-main", {}, "table/0.txt: cannot be read: "),
         ("task1", {"question": "?", "answer": "yes"}, "answer (0): must be Y or N, not 'yes'"),
         ("task3", {"question": "(A)\nx\n(B)\ny\n", "answer": "2"}, "question (0): the answer is '2', but it has 2"),
@@ -139,8 +140,9 @@ def test_the_folder_may_be_the_repository_or_the_task_itself(tmp_path):
     place = maze(tmp_path, "task2", {"table": TABLE})
     for folder in (tmp_path, tmp_path / "VSP-main", place.parent.parent):
         assert len(list(load_preset("vsp-maze-2", folder))) == 1
-    with pytest.raises(MirageError, match=r"has no maze/task1/maps; name a copy of UCSB"):
-        load_preset("vsp-maze-1", tmp_path)
+    for folder in (tmp_path, place.parent.parent):  # the folder of another task is not read as this one's
+        with pytest.raises(MirageError, match=r"has no maze/task1/maps; name a copy of UCSB"):
+            load_preset("vsp-maze-1", folder)
     with pytest.raises(MirageError, match="name the folder where its repository lies"):
         load_preset("vsp-maze-1")
     with pytest.raises(MirageError, match="has no splits"):

@@ -69,12 +69,12 @@ def test_what_is_not_one_choice_is_wrong_and_says_so(response, reason):
     assert (found.correct, found.valid, found.verdict) == (False, False, reason)
 
 
-def test_a_text_that_is_another_letter_is_ambiguous():
-    """The text of A is `B`: who answers B may mean either."""
+def test_a_letter_alone_is_the_letter():
+    """Even where the text of A is `B`; a text that two choices share is ambiguous."""
     meta = {"choices": {"A": "B", "B": "A"}, "letter": "B"}
-    found = scored(r"\boxed{B}", meta)
-    assert (found.correct, found.verdict) == (False, "'B' is A and B")
-    assert scored(r"\boxed{B: A}", meta).correct  # both together are one choice
+    assert scored(r"\boxed{B}", meta).verdict == "B is right"
+    assert scored(r"\boxed{(a)}", meta).verdict == "A is wrong: it is B"
+    assert scored(r"\boxed{B: A}", meta).correct
     same = {"choices": {"A": "red", "B": "Red"}, "letter": "B"}
     assert scored(r"\boxed{red}", same).verdict == "'red' is A and B"
 
@@ -100,6 +100,12 @@ def test_choices_in_the_picture_have_letters_alone():
         ("Purple.", "purple"),
         ("  the  Red\nblock ", "the red block"),
         ("012", "012"),
+        ("50 %", "50%"),
+        ("5 cm", "5cm"),
+        ("5.0 cm", "5 cm."),
+        ("1,000 Meters", "1000 meters"),
+        (r"$\frac{1}{2}$ km", "0.5km"),
+        (r"45 ^\circ", "45.0°"),
     ],
 )
 def test_same_answers(given, truth):
@@ -123,6 +129,11 @@ def test_same_answers(given, truth):
         ("7 or 8", "7"),
         ("nan", "0"),
         ("1/0", "0"),
+        ("5 cm", "5"),
+        ("5 cm", "5 m"),
+        ("5 cm", "6 cm"),
+        ("012 cm", "12 cm"),
+        ("5:30", "5.0:30"),
     ],
 )
 def test_other_answers(given, truth):
@@ -135,6 +146,26 @@ def test_lists_are_whole_and_in_any_order():
         assert same_answer(given, ["above", "left"])
     for given in ("above", "above, left, right", "above, right", "aboveleft", ""):
         assert not same_answer(given, ["above", "left"])
+
+
+@pytest.mark.parametrize(
+    ("truth", "right", "wrong"),
+    [
+        (
+            ["upper left", "lower right"],
+            ["upper left, lower right", "Lower right and upper left.", "lower right; upper left"],
+            ["upper left", "upper, left, lower, right", "upper right, lower left", "upper left lower right"],
+        ),
+        (["New York", "Rome"], ["New York, Rome", "Rome, and New York"], ["York, New Rome", "New York"]),
+        (["1,000", "2"], ["1,000, 2", "2 and 1000", "1000 2", "2,1,000"], ["1, 2", "1,000", "1, 000, 2"]),
+        (["100", "200"], ["100,200", "200, 100"], ["100200", "100"]),
+        (["50%", "20%"], ["50 %, 20 %", "20% 50%"], ["50, 20"]),
+        (["5 cm", "3 cm"], ["3cm, 5.0 cm", "5 cm and 3 cm"], ["5, 3", "5 3 cm"]),
+    ],
+)
+def test_lists_of_parts_with_spaces_commas_and_units(truth, right, wrong):
+    assert [given for given in right if not same_answer(given, truth)] == []
+    assert [given for given in wrong if same_answer(given, truth)] == []
 
 
 def test_open_answers():

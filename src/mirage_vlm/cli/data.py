@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_vlm.cli.convert import convert as import_data
+from mirage_vlm.cli.import_data import import_data
 from mirage_vlm.cli.options import levels_of, parse_levels
 from mirage_vlm.errors import MirageError
 

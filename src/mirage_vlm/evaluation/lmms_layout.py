@@ -1,12 +1,13 @@
 """Results in the layout of lmms-eval, for its viewers and for whatever else reads its logs.
 
 As lmms-eval writes them, a folder for the model holds `<date>_results.json` and, for each task,
-`<date>_samples_<task>.jsonl`.
+`<date>_samples_<task>.jsonl`. Examples of a data file are a task of their own, such as `choice_blink`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ METRIC, FILTER = "exact_match", "none"
 def write_lmms(results: str | Path, trajectories: str | Path, out: str | Path) -> list[Path]:
     """Write what `mirage eval --out --trajectories` has kept in the layout of lmms-eval.
 
+    Files of another evaluation of the same second are left as they are: a number is then put after the date.
+
     Args:
         results: `results.json`.
         trajectories: the decoded trajectories of the same evaluation.
@@ -42,14 +45,25 @@ def write_lmms(results: str | Path, trajectories: str | Path, out: str | Path) -
     aggregated, samples = to_lmms(found, decoded, f"{results} and {trajectories}")
     folder = Path(out) / str(aggregated["model_name_sanitized"])
     date = str(found.get("date", "")).partition("+")[0].replace("-", "").replace(":", "").replace("T", "_") or "undated"
-    files = {folder / f"{date}_results.json": json.dumps(aggregated, indent=2, ensure_ascii=False)}
+    texts = {"results.json": json.dumps(aggregated, indent=2, ensure_ascii=False).encode()}
     for task, lines in samples.items():
         dumped = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        files[folder / f"{date}_samples_{_plain(task)}.jsonl"] = dumped
+        texts[f"samples_{_plain(task)}.jsonl"] = dumped.encode()
+    files = _free(folder, date, texts)
     for path, text in files.items():
         with atomic_writer(path) as file:
-            file.write(text.encode())
+            file.write(text)
     return list(files)
+
+
+def _free(folder: Path, date: str, texts: Mapping[str, bytes]) -> dict[Path, bytes]:
+    """Paths at which nothing lies, or these very texts."""
+    stamps = itertools.chain([date], (f"{date}-{number}" for number in itertools.count(2)))
+    for stamp in stamps:
+        files = {folder / f"{stamp}_{name}": text for name, text in texts.items()}
+        if all(not path.exists() or path.read_bytes() == text for path, text in files.items()):
+            break
+    return files
 
 
 def to_lmms(
@@ -69,11 +83,13 @@ def to_lmms(
     if len(items) != len(trajectories):
         raise MirageError(f"{where}: {len(items)} items, but {len(trajectories)} trajectories")
     samples: dict[str, list[dict[str, Any]]] = {}
+    path = results.get("data", {}).get("path")
+    of_file = f"_{Path(path).stem}" if path else ""
     for i, (item, trajectory) in enumerate(zip(items, trajectories, strict=True)):
         found = score(trajectory)
         if trajectory.decoding is None or found.correct != item["correct"]:
             raise MirageError(f"{where}: example {i}: they are not of the same evaluation")
-        of_task = samples.setdefault(trajectory.task or "none", [])
+        of_task = samples.setdefault(f"{trajectory.task or 'none'}{of_file}", [])
         of_task.append(_sample(len(of_task), trajectory, found, results.get("generation", {})))
     return _aggregated(results, samples), samples
 

@@ -8,7 +8,6 @@ A row holds `messages` (parts without pictures), `images` (the pictures of the i
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import PIL.Image
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat
-from mirage_vlm.formats.pictures import is_file, png
+from mirage_vlm.formats.pictures import Encoded, is_file, png
 from mirage_vlm.formats.records import PlainReader, Scanned, collect, examine
 from mirage_vlm.trajectory import Image, LatentSpan, Trajectory
 
@@ -43,7 +42,7 @@ class StoredPicture:
     def __call__(self) -> PIL.Image.Image:
         """The picture."""
         (cell,) = self.dataset.with_format("arrow")[self.row : self.row + 1][self.column].to_pylist()
-        return PIL.Image.open(io.BytesIO(cell[self.index]["bytes"]))
+        return Encoded(cell[self.index]["bytes"])()
 
 
 def to_dataset(trajectories: Iterable[Trajectory]) -> datasets.Dataset:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,38 @@ _REMOTE = ("http://", "https://")
 _URLS = ("data:", *_REMOTE)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A drawing function for the content of a picture file.
+
+    Attributes:
+        content: the file's bytes.
+        where: what messages name; empty where nothing is known.
+    """
+
+    content: bytes
+    where: str = ""
+
+    def __call__(self) -> PIL.Image.Image:
+        """The picture, of which only the head is read yet."""
+        try:
+            return PIL.Image.open(io.BytesIO(self.content))
+        except PIL.UnidentifiedImageError as fault:
+            if not self.where:
+                raise
+            raise OSError(f"{self.where}: is no picture that can be read") from fault
+
+
+def from_bytes(content: bytes, where: str = "") -> Image:
+    """The picture of a file's content.
+
+    Args:
+        content: the file's bytes.
+        where: what messages name.
+    """
+    return Image(Encoded(content, where))
+
+
 def read_picture(value: Any, base: Path | None) -> Image:
     """The picture that a record's value stands for; the value is one in which `picture_fault` finds no fault.
 
@@ -34,7 +67,7 @@ def read_picture(value: Any, base: Path | None) -> Image:
     """
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        return Image(functools.partial(_decode, content)) if content else read_picture(value["path"], base)
+        return from_bytes(content) if content else read_picture(value["path"], base)
     if callable(value) or value.startswith(_URLS):
         return Image(value)
     return Image(base / value if base is not None else Path(value))
@@ -88,10 +121,6 @@ def _decode_fault(image: Image) -> str | None:
         reason = " ".join(str(fault.__cause__ or fault).split())
         return f"is not a picture that can be read ({reason})"
     return None
-
-
-def _decode(content: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(content))
 
 
 def png(image: Image) -> bytes:
@@ -178,8 +207,11 @@ class ImageFolder:
         """
         if is_file(image) or (isinstance(image.source, str) and image.source.startswith(_REMOTE)):
             return self._seen(image)
-        content = png(image)
-        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
+        return self._keep(png(image), ".png")
+
+    def _keep(self, content: bytes, suffix: str) -> str:
+        """Save a picture file under a name by its content; gives the path to write."""
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         if not path.exists():
             with atomic_writer(path) as file:
                 file.write(content)

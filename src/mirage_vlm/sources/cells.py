@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.pictures import from_bytes
 from mirage_vlm.sources.mapping import ROW, fill, is_template, names_in
 from mirage_vlm.sources.tables import Row
 from mirage_vlm.trajectory import Image
 
 # base64 of a PNG, JPEG, GIF, WebP or BMP file; no path begins like this and is as long
 _BASE64 = re.compile(r"\s*(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk)[A-Za-z0-9+/\s]{48,}={0,2}\s*")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A drawing function for a picture file's content.
-
-    Attributes:
-        content: the file's bytes, or these as base64.
-        where: the place of its row and the column, for messages.
-    """
-
-    content: bytes | str
-    where: str
-
-    def file(self) -> bytes:
-        """The bytes of the picture file.
-
-        Raises:
-            OSError: they are not base64.
-        """
-        if isinstance(self.content, bytes):
-            return self.content
-        try:
-            return base64.b64decode("".join(self.content.split()), validate=True)
-        except binascii.Error as fault:
-            raise OSError(f"{self.where}: is not base64: {fault}") from fault
-
-    def __call__(self) -> PIL.Image.Image:
-        """The picture."""
-        try:
-            picture = PIL.Image.open(io.BytesIO(self.file()))
-            picture.load()
-        except PIL.UnidentifiedImageError as fault:
-            raise OSError(f"{self.where}: is no picture that can be read") from fault
-        return picture
 
 
 def cell(row: Row, name: str) -> Any:
@@ -123,16 +85,23 @@ def _picture(value: Any, row: Row, column: str) -> Image:
     elif isinstance(value, Mapping):
         value = value.get("path")
     if isinstance(value, bytes):
-        return Image(Encoded(value, where))
+        return from_bytes(value, where)
     if not isinstance(value, str) or not value:
         raise MirageError(f"{where}: must be a picture, not {str(value)[:40]!r}")
     if value.startswith(("http://", "https://")):
         raise MirageError(f"{where}: is a URL ({value[:60]}); download the pictures, and let the column name the files")
     if value.startswith("data:"):
-        return Image(Encoded(value.partition(",")[2], where))
+        return from_bytes(_decoded(value.partition(",")[2], where), where)
     if _BASE64.fullmatch(value):
-        return Image(Encoded(value, where))
+        return from_bytes(_decoded(value, where), where)
     path = Path(value) if row.base is None else row.base / value
     if "\0" in value or not path.is_file():
         raise MirageError(f"{where}: no such file: {str(path)[:200]}")
     return Image(path)
+
+
+def _decoded(value: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except binascii.Error as fault:
+        raise MirageError(f"{where}: is not base64: {fault}") from fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -92,13 +93,39 @@ def example(mapping: Mapping, row: Row) -> Trajectory:
             lines += [f"({name}) {words}" for name, words in choices.items()]
     lines.append(mapping.ending)
     if mapping.level:
-        meta["level"] = cell(row, mapping.level)
-    meta |= {name: cell(row, name) for name in mapping.keep}
+        meta["level"] = _kept(row, mapping.level)
+    meta |= {name: _kept(row, name) for name in mapping.keep}
     images = [image for column in mapping.images for image in pictures(row, column)]
     if mapping.images and not images:
         raise MirageError(f"{row.where}: has no picture in {', '.join(mapping.images)}")
     helpers = [image for column in mapping.helpers for image in pictures(row, column)]
-    return make(images, "\n".join(line for line in lines if line), helpers, answer, meta)
+    made = make(images, "\n".join(line for line in lines if line), helpers, answer, meta)
+    return with_right_gold(made, f"{row.where}: {mapping.answer.column}")
+
+
+def _kept(row: Row, column: str) -> Any:
+    """A value for `meta`, which is written as JSON."""
+    value = cell(row, column)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as fault:
+        raise MirageError(f"{row.where}: {column}: {str(value)[:40]!r} cannot be kept in meta: {fault}") from fault
+    return value
+
+
+def with_right_gold(example: Trajectory, where: str) -> Trajectory:
+    """The example itself, whose own response must be right: else no answer could be.
+
+    Raises:
+        MirageError: it is not; the message begins with `where`.
+    """
+    try:
+        found = CHOICE.score(example)
+    except MirageError as fault:
+        raise MirageError(f"{where}: {fault}") from fault
+    if not found.correct:
+        raise MirageError(f"{where}: the right answer would not count as right: {found.verdict}")
+    return example
 
 
 def make(images: list[Image], question: str, helpers: list[Image], answer: str, meta: dict[str, Any]) -> Trajectory:

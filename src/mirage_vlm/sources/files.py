@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-from pathlib import Path
 
 import PIL.Image
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.formats import ImageFolder, atomic_writer
-from mirage_vlm.sources.cells import Encoded
+from mirage_vlm.formats.pictures import Encoded, ImageFolder
 from mirage_vlm.trajectory import Image
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
@@ -28,17 +25,10 @@ class PictureFiles(ImageFolder):
         if not isinstance(image.source, Encoded):
             return super().__call__(image)
         try:
-            content = image.source.file()
-            with PIL.Image.open(io.BytesIO(content)) as picture:
+            with PIL.Image.open(io.BytesIO(image.source.content)) as picture:
                 suffix = SUFFIXES.get(picture.format or "")
                 picture.load()  # a file that is cut off is found now, not when it is trained on
         except (OSError, ValueError, PIL.Image.DecompressionBombError) as fault:
             place = image.source.where
             raise MirageError(f"{place}: is no picture that can be read: {str(fault).removeprefix(place)}") from fault
-        if suffix is None:
-            return super().__call__(image)
-        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
-        if not path.exists():
-            with atomic_writer(path) as file:
-                file.write(content)
-        return super().__call__(Image(Path(path)))
+        return super().__call__(image) if suffix is None else self._keep(image.source.content, suffix)

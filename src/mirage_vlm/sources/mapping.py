@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -161,8 +161,13 @@ def read_mapping(path: str | Path, split: str | None = None, config: str | None 
     Raises:
         MirageError: the file cannot be read, or a key or value is wrong; the message names file, line and key.
     """
-    overrides = [f"{key}={value}" for key, value in (("split", split), ("config", config)) if value is not None]
-    mapping, where = read_settings(Mapping, path, overrides, "the mapping")
+    mapping, where = read_settings(Mapping, path, what="the mapping")
+    # as they stand, not as YAML: a split called 2024 is no number
+    mapping = replace(
+        mapping,
+        split=mapping.split if split is None else split,
+        config=mapping.config if config is None else config,
+    )
     _check(mapping, where)
     return mapping
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.sources.examples import make
+from mirage_vlm.sources.examples import make, with_right_gold
 from mirage_vlm.sources.mapping import IN_BOX
 from mirage_vlm.trajectory import Image, Trajectory
 
@@ -41,7 +41,8 @@ def load(source: str | Path, task: str) -> Iterator[Trajectory]:
 
 
 def _find(source: Path, task: str) -> Path:
-    for folder in (source / "datasets" / task, source / task, source):
+    own = [source] if source.resolve().name == task else []  # the folder of the other task is like this one's
+    for folder in (source / "datasets" / task, source / task, *own):
         if (folder / "output").is_dir():
             return folder / "output"
     raise MirageError(f"{source}: has no {task}/output; name a copy of Jana-Z/mentis-oculi")
@@ -60,8 +61,10 @@ def _example(puzzle: Path, task: str) -> Trajectory:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise MirageError(f"{path}: cannot be read: {fault}") from fault
-    level = int(puzzle.parent.name.removeprefix("level_"))
-    meta: dict[str, Any] = {"id": f"{task}/{puzzle.parent.name}/{puzzle.name}", "level": level}
+    level = puzzle.parent.name.removeprefix("level_")
+    if not level.isdecimal():
+        raise MirageError(f"{puzzle.parent}: must end in the number of the level, not {level!r}")
+    meta: dict[str, Any] = {"id": f"{task}/{puzzle.parent.name}/{puzzle.name}", "level": int(level)}
     pictures = [_picture(puzzle, _field(known, "combined_image", str, path))]
     steps = [_picture(puzzle, name) for name in _field(known, "cot_images", list, path)]
     if task == "paper-fold":
@@ -70,7 +73,7 @@ def _example(puzzle: Path, task: str) -> Trajectory:
             raise MirageError(f"{path}: correct_choice: {letter!r} is none of {letters}")
         return make(pictures, FOLDED, steps, letter, meta | {"choices": dict.fromkeys(letters, ""), "letter": letter})
     answer = _field(known, "solution_pieces", list, path)
-    return make(pictures, BOARD, steps, " ".join(answer), meta | {"answer": answer})
+    return with_right_gold(make(pictures, BOARD, steps, " ".join(answer), meta | {"answer": answer}), str(path))
 
 
 def _field(known: Any, name: str, kind: type, path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Table:
 
     Attributes:
         name: of the file or dataset, for messages.
-        columns: their names; of JSON the keys of the first row.
+        columns: their names; of JSON the keys of all rows, of which a row may lack some.
         read: yields (place, cells) of each row.
         base: the folder at which relative picture paths start.
     """
@@ -128,9 +129,13 @@ def _files(mapping: Mapping, folder: Path) -> list[Path]:
             wanted = wanted.replace("{config}", str(_config(mapping, str(folder))))
         wanted = wanted.replace("{split}", mapping.split or "*")
         found = [path for path, name in zip(there, names, strict=True) if fnmatchcase(name, wanted)]
+    elif mapping.split is not None:
+        # the split as a whole word: not testmini for test, nor eval for val
+        word = re.compile(rf"(^|[/._-]){re.escape(mapping.split)}([-_.]\d|[./]|$)")
+        wanted = f"of the split {mapping.split!r}"
+        found = [path for path, name in zip(there, names, strict=True) if word.search(name)]
     else:
-        wanted = f"*{mapping.split}*" if mapping.split else "*"
-        found = [path for path, name in zip(there, names, strict=True) if fnmatchcase(name, wanted)]
+        wanted, found = f"({', '.join(SUFFIXES)})", there
     if not found:
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise MirageError(f"{folder}: has no data file {wanted}; there are: {listed or 'none'}")
@@ -215,14 +220,19 @@ def _of_csv(path: Path, base: Path) -> Table:
 
 
 def _of_json(path: Path, base: Path) -> Table:
-    def read() -> Iterator[tuple[str, dict[str, Any]]]:
+    def objects() -> Iterator[tuple[str, dict[str, Any]]]:
         for where, cells in _json_lines(path) if path.suffix == ".jsonl" else _json_array(path):
             if not isinstance(cells, dict):
                 raise MirageError(f"{where}: must be an object, not {str(cells)[:40]!r}")
             yield where, cells
 
-    first = next(read(), None)
-    return Table(str(path), list(first[1]) if first else [], read, base)
+    columns = list(dict.fromkeys(name for _, cells in objects() for name in cells))
+
+    def read() -> Iterator[tuple[str, dict[str, Any]]]:
+        for where, cells in objects():
+            yield where, dict.fromkeys(columns) | cells  # a key that this row lacks is an empty cell
+
+    return Table(str(path), columns, read, base)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -106,7 +106,9 @@ def load(source: str | Path, task: str) -> Iterator[Trajectory]:
 
 
 def _find(source: Path, task: str) -> Path:
-    for folder in (source / "VSP-main" / task, source / task, source):
+    # the folder of another task is like this one's, so it must have the name
+    own = [source] if source.resolve().name == task.rpartition("/")[2] else []
+    for folder in (source / "VSP-main" / task, source / task, *own):
         if (folder / "maps").is_dir():
             return folder
     raise MirageError(f"{source}: has no {task}/maps; name a copy of UCSB-NLP-Chang/Visual-Spatial-Planning")
@@ -164,9 +166,11 @@ def _lettered(place: Place, name: str, template: str, index: str) -> Trajectory:
 
 def _plan(place: Place) -> Trajectory:
     maze = _maze(place)
-    drawn = PLANNING.example(
-        maze, "direct", **place.meta
-    )  # for the helper image; the question's is the benchmark's own
+    try:
+        # for the helper image; the question's is the benchmark's own
+        drawn = PLANNING.example(maze, "direct", **place.meta)
+    except MirageError as fault:
+        raise place.fail("table", str(fault)) from fault
     prompt = PLANNING.prompt(Image(place.picture), "direct")
     return replace(drawn, messages=(*prompt, drawn.messages[-1]), meta=drawn.meta | place.meta)
 

@@ -5,10 +5,11 @@ Real benchmarks are of this task: `mirage_vlm.sources` reads them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,12 +20,14 @@ from mirage_vlm.trajectory import Image, Message, Text, Trajectory, user_turn
 
 _SIGNS = re.compile(r"[\s.:;,()\[\]*]+")
 _DEGREES = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\s*\\degree")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 # digits behind a leading zero are no number: 012 is not 12
-_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?|[+-]?\d+/[1-9]\d*", re.IGNORECASE)
+_NUMBER = (
+    r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?"
+    r"|[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?|[+-]?\d+/[1-9]\d*"
+)
+_AMOUNT = re.compile(rf"({_NUMBER})\s*((?:[%°€£¥]|[^\W\d_]).*)?", re.IGNORECASE)  # a number, and its unit
 _MATH = re.compile(r"\\[()\[\]]|\$")  # the marks around a formula
 _AROUND = " \t\r\n.;:,()[]*\"'`"
-_BETWEEN = re.compile(r"[\s,;]+(?:and\s+)?")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ def read_choice(text: str, choices: Mapping[str, str]) -> Choice:
 
     What the last `\boxed{}` holds counts, or the whole response if it has none and is nothing but an answer. It is one
     choice if it is a letter (`B`, `(b)`, `B.`), the text of a choice, or both together (`B: in a hole`); letters and
-    texts are compared without case, spaces and punctuation. Two letters, a letter with the text of another choice, or
-    a text that two choices share, are ambiguous, and so is anything else that is not one choice: wrong, and said so.
+    texts are compared without case, spaces and punctuation. A letter alone is the letter, even if it is the text of
+    another choice. Two letters, a letter with the text of another choice, or a text that two choices share, are
+    ambiguous, and so is anything else that is not one choice: wrong, and said so.
 
     Args:
         choices: the text of each letter; it may be empty.
@@ -59,13 +63,11 @@ def read_choice(text: str, choices: Mapping[str, str]) -> Choice:
     said = _bare(content)
     if not said:
         return Choice(None, "no answer")
-    found = set()
-    for letter, words in choices.items():
-        forms = {_bare(letter)}
-        if _bare(words):
-            forms |= {_bare(words), _bare(f"{letter} {words}")}
-        if said in forms:
-            found.add(letter)
+    found = {letter for letter in choices if said == _bare(letter)} or {
+        letter
+        for letter, words in choices.items()
+        if _bare(words) and said in (_bare(words), _bare(f"{letter} {words}"))
+    }
     if len(found) == 1:
         return Choice(found.pop())
     if found:
@@ -165,31 +167,40 @@ def same_answer(given: str, truth: str | Sequence[str]) -> bool:
     r"""Whether two answers say the same.
 
     Two numbers are the same if their values are (`0.5`, `.50`, `1/2`, `\frac{1}{2}`; `1,000` and `1000`); a unit or a
-    percent sign must be there in both or in neither. Other texts are compared without case, without the spaces and
-    punctuation around them, and without the marks around formulas.
+    percent sign must be there in both or in neither, with a space before it or without. Other texts are compared
+    without case, without the spaces and punctuation around them, and without the marks around formulas.
 
     Args:
         given: what was answered.
-        truth: what is right; of a list, all parts must be given, in any order, with commas, spaces or `and` between.
+        truth: what is right; of a list, all parts must be given, in any order, with commas, semicolons or `and`
+            between, or also with spaces if no part has one inside.
     """
     if isinstance(truth, str):
         return _plain_answer(given) == _plain_answer(truth)
-    parts = [part for part in _BETWEEN.split(_MATH.sub(" ", given).strip(_AROUND)) if part.strip(_AROUND)]
-    return {_plain_answer(part) for part in parts} == {_plain_answer(part) for part in truth}
+    known = {_plain_answer(part) for part in truth}
+    return any({_plain_answer(part) for part in parts} == known for parts in _lists(given, truth))
 
 
-def _plain_answer(text: str) -> str | Fraction:
-    """A number as its value, anything else as a text that is alike for all ways to write it."""
+def _lists(given: str, truth: Sequence[str]) -> Iterator[list[str]]:
+    """The ways to read an answer as a list: `1,000` may be one number or two, and `50 %` one part or none."""
+    whole = _MATH.sub(" ", given).strip(_AROUND)
+    spaces = ("",) if any(len(part.split()) > 1 for part in truth) else ("", r"|\s+")
+    for comma, space in itertools.product((",", r",(?!\d{3})"), spaces):
+        parts = re.split(rf"\s*(?:{comma}|;)\s*(?:and\s+)?|\s+and\s+{space}", whole)
+        yield [part for part in parts if part.strip(_AROUND)]
+
+
+def _plain_answer(text: str) -> tuple[Fraction | None, str]:
+    """A number as its value and its unit, anything else as a text that is alike for all ways to write it."""
     plain = _DEGREES.sub("°", _MATH.sub(" ", text))
     plain = re.sub(r"\\d?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", plain).replace("\u2212", "-")
     plain = " ".join(plain.split())
     # a point before a digit is not around a number but of it
     bare = plain.strip(_AROUND) if not re.search(r"(?<!\d)\.\d", plain) else plain.lstrip(" ([*\"'`").rstrip(_AROUND)
-    if _THOUSANDS.fullmatch(bare):
-        bare = bare.replace(",", "")
-    if _NUMBER.fullmatch(bare):
-        return Fraction(bare)
-    return bare.casefold()
+    amount = _AMOUNT.fullmatch(bare)
+    if amount is None:
+        return None, bare.casefold()
+    return Fraction(amount[1].replace(",", "")), (amount[2] or "").casefold()
 
 
 CHOICE = Choose()

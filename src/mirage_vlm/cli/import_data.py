@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mirage_vlm.trajectory import Trajectory
 
 
-def convert(
+def import_data(
     source: Annotated[
         str | None,
         typer.Argument(

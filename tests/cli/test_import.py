@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import typer
 
-from mirage_vlm.cli.convert import convert
+from mirage_vlm.cli.import_data import import_data
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import read_data
 from mirage_vlm.tasks import score
@@ -34,7 +34,7 @@ def encoded(colour, kind):
 def mirage(capsys):
     """Runs the command with a command line; gives what it printed."""
     app = typer.Typer()
-    app.command()(convert)
+    app.command()(import_data)
 
     def call(*arguments):
         capsys.readouterr()
