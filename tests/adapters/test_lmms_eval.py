@@ -12,6 +12,7 @@ import pytest
 from harnesses import Instance, lmms_eval_adapter, without
 from support import picture
 
+from mirage_vlm.adapters.answering import of_rank
 from mirage_vlm.adapters.messages import ModelArgs, sampling_seed
 from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Trajectory, user_turn
@@ -182,6 +183,14 @@ def test_statistics_say_what_the_spans_did(make, tiny, tmp_path, metrics):
     from loguru import logger
 
     assert logger.warnings == ["no latent was consumed in 2 responses: the model has answered as a plain VLM"]
+
+
+def test_statistics_are_a_file_for_each_process(make, tmp_path):
+    model = make(f"statistics={tmp_path / 'told.json'}")
+    model._rank, model._world_size = 1, 2
+    model.generate_until([instance(0)])
+    assert json.loads((tmp_path / "told.rank1.json").read_text())["summary"]["n"] == 1
+    assert of_rank(tmp_path / "told.json", 1) == tmp_path / "told.rank1.json"
 
 
 def test_rounds_follow_one_another(make, tiny):

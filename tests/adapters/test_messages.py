@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import pickle
 
 import PIL.Image
 import pytest
+import torch
 
 from mirage_vlm.adapters.messages import (
     ModelArgs,
@@ -18,6 +20,7 @@ from mirage_vlm.adapters.messages import (
     shown,
 )
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.trajectory import Image, LatentSpan, Text, Trajectory, assistant_turn, user_turn
 
 ARGS = ModelArgs("somewhere")
@@ -66,6 +69,31 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
         ModelArgs(str(tmp_path / "nowhere"), device="cpu").load()
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "'cuda' is not there; CUDA devices found: 0"),
+        ("cuda:3", "'cuda:3' is not there; CUDA devices found: 0"),
+        ("nowhere", "torch knows no device 'nowhere'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(MirageError, match=f"^model argument 'device': {message}"):
+        ModelArgs("bundled", device=device).load()
+
+
+@pytest.mark.parametrize(("rank", "device"), [(None, "cuda:0"), ("3", "cuda:1")])
+def test_each_process_takes_a_card(monkeypatch, rank, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(LatentVLM, "from_pretrained", lambda path, **known: known["device"])
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert ModelArgs("bundled", device="cuda").load() == torch.device(device)
+    assert ModelArgs("bundled", device="cuda:1").load() == torch.device("cuda:1")
+
+
 # -- generation settings ---------------------------------------------------------------------------------------------
 
 
@@ -95,6 +123,20 @@ def test_whether_tokens_are_drawn(wanted, temperature):
     assert generation(ARGS, wanted)[0].temperature == temperature
 
 
+@pytest.mark.parametrize(
+    ("wanted", "top_p", "top_k"),
+    [
+        ({"do_sample": False, "top_p": 0, "top_k": -1}, 0.8, 5),
+        ({"temperature": 0, "top_p": 0.5, "top_k": 2}, 0.8, 5),
+        ({"temperature": 1, "top_k": -1}, 0.8, 0),
+        ({"temperature": 1, "top_p": 0.5, "top_k": 2}, 0.5, 2),
+    ],
+)
+def test_what_tasks_write_beside_a_temperature_of_0_does_not_count(wanted, top_p, top_k):
+    config, _ = generation(ModelArgs("a", top_p=0.8, top_k=5), wanted)
+    assert (config.top_p, config.top_k) == (top_p, top_k)
+
+
 def test_an_empty_line_ends_an_answer_only_where_the_user_says_so():
     wanted = {"until": ["\n\n", "END"]}
     assert generation(ARGS, wanted)[1] == ("END",)
@@ -116,6 +158,7 @@ def test_seeds_depend_on_the_name_alone():
         ({"num_beams": 4}, "num_beams must be 1, not 4"),
         ({"max_new_tokens": "many"}, "max_new_tokens must be int, not 'many'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive: 0"),
+        ({"temperature": 1, "top_p": 0}, r"top_p in \(0, 1\]"),
         ({"do_sample": "perhaps"}, "do_sample must be true or false, not 'perhaps'"),
     ],
 )
@@ -187,6 +230,7 @@ def test_pictures_of_all_kinds(tmp_path):
     for source in kinds:
         assert picture(source).load().tobytes() == drawn.tobytes()
         assert picture(source).load().tobytes() == drawn.tobytes(), "twice"
+        assert pickle.loads(pickle.dumps(picture(source))).load().tobytes() == drawn.tobytes(), "in another process"
     assert picture(raw).load().size == PIL.Image.open(io.BytesIO(raw)).size
     for source in (3, {"bytes": None}):
         with pytest.raises(MirageError, match="a picture must be a PIL image, bytes, a path or a URL, not"):

@@ -150,6 +150,22 @@ def test_a_fault_of_the_engine_reaches_all_who_wait(model, tiny, paths, monkeypa
     assert model.generate(questions(paths)[1], "maze") == row.text, "the next has an engine of its own"
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("where", ["__init__", "submit"])
+def test_a_fault_before_the_first_step_leaves_nobody_waiting(model, tiny, paths, monkeypatch, where):
+    from mirage_vlm.adapters.answering import Answering
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Answering, where, broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate(questions(paths)[0], "maze")
+    (row,) = tiny.generate([prompt(questions(paths)[1])], max_new_tokens=30)
+    assert model.generate(questions(paths)[1], "maze") == row.text
+
+
 def test_statistics_are_a_file_for_each_process(adapter, tiny, paths, monkeypatch, tmp_path):
     monkeypatch.setattr(ModelArgs, "load", lambda args: tiny)
     monkeypatch.setenv("RANK", "1")

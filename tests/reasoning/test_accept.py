@@ -7,7 +7,7 @@ import pytest
 from mirage_vlm.errors import MirageError
 from mirage_vlm.reasoning.accept import Rules, Written, answer_check, judge, phrases
 from mirage_vlm.tasks import get_task
-from mirage_vlm.tasks.base import boxed
+from mirage_vlm.tasks.base import boxed, find_boxed
 from mirage_vlm.tasks.frozenlake import Maze
 from mirage_vlm.trajectory import Image, LatentSpan, Text, Trajectory, assistant_turn, user_turn
 
@@ -66,6 +66,23 @@ def test_what_speaks_against_a_text(text, fault):
 
 def test_all_faults_are_told_at_once():
     assert len(faults_of(r"The helper image shows it. \boxed{A}")) == 4  # mark, answer, words, phrase
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        (r"a \boxed{B} c", r"\boxed{B}"),
+        (r"\boxed{A} or \boxed{\text{in {B}}}}", r"\boxed{\text{in {B}}}"),
+        (r"a \boxed{}", r"\boxed{}"),
+        (r"\boxed{A} \boxed{B", None),
+        ("boxed{A}", None),
+    ],
+)
+def test_where_the_box_is(text, box):
+    place = find_boxed(text)
+    assert (None if place is None else text[slice(*place)]) == box
+    assert place is None or place[0] == text.rindex(box)
+    assert (boxed(text) is None) == (box is None)
 
 
 def test_words_are_counted_without_mark_and_box():

@@ -166,6 +166,38 @@ def test_a_finished_run_asks_nothing_more_and_writes_the_same(data):
     check_written(data, out)
 
 
+def test_a_limit_cuts_nothing_away(data):
+    out, listed = data.with_name("out.jsonl"), data.with_name("out.rejected.jsonl")
+    with ScriptedEndpoint(lambda a: says("no") if len(server.asked) == 6 else right(a)) as server:
+        write(data, server, concurrency=1, attempts=1)
+        before = out.read_bytes(), listed.read_bytes()
+        assert len(read_jsonl(out)) == 5 and json.loads(before[1])["line"] == 6
+        report = write(data, server, limit=2)
+        assert (report.lines, report.written, len(server.asked)) == (2, 2, 6)
+        assert (out.read_bytes(), listed.read_bytes()) == before
+        write(data, server)
+    check_written(data, out)
+    assert not listed.exists()
+
+
+def test_a_restart_without_a_text_leaves_none_of_before(data):
+    out = data.with_name("out.jsonl")
+    with ScriptedEndpoint() as server:
+        write(data, server)
+        server.script = lambda a: says("no")
+        assert write(data, server, restart=True, attempts=1).written == 0
+    assert not out.exists()
+    assert len(data.with_name("out.rejected.jsonl").read_text().splitlines()) == 6
+
+
+def test_half_of_a_surrogate_pair_costs_an_attempt_not_the_line(data):
+    with ScriptedEndpoint(lambda a: right(a) if a.number else says(f"{GOOD} \ud800")) as server:
+        report = write(data, server, limit=1, attempts=2, tries=1)
+    assert (report.written, report.replies) == (1, 2)
+    assert server.asked[1].body["messages"][2]["content"] == f"{GOOD} ?"
+    assert "half of a surrogate pair" in server.asked[1].body["messages"][3]["content"]
+
+
 def test_a_journal_that_was_cut_anywhere(data, tmp_path):
     with ScriptedEndpoint() as server:
         write(data, server, concurrency=1)
@@ -266,6 +298,28 @@ def test_a_line_that_is_refused_does_not_end_the_run(data):
     assert [(r["line"], r["reasons"]) for r in records] == [(n, [["400 a picture is too large"]]) for n in (2, 4)]
 
 
+def test_lines_that_are_refused_neither_end_the_run_nor_stand_in_the_way(data):
+    with ScriptedEndpoint(lambda a: right(a) if len(server.asked) == 6 else refuses(400, "too large")) as server:
+        report = write(data, server, concurrency=1)
+        assert (report.written, report.rejected) == (1, 5), "five refusals in a row are five answers"
+        lines = data.read_text().splitlines(keepends=True)
+        extra = get_task("vsp-planning").make(random.Random(9), 3, cell=16)
+        write_jsonl(data.with_name("extra.jsonl"), [extra])
+        data.write_text("".join(lines) + data.with_name("extra.jsonl").read_text())
+        refused = [a.question for a in server.asked[:5]]
+        server.script = right
+        write(data, server, concurrency=1)
+        later = [a.question for a in server.asked[6:]]
+        assert later[0] not in refused and later[1:] == refused
+    check_written(data, data.with_name("out.jsonl"))
+
+
+def test_an_endpoint_that_gave_a_text_was_not_silent(data):
+    with ScriptedEndpoint(lambda a: refuses(503) if a.number else says("no")) as server:
+        report = write(data, server, concurrency=1, tries=1)
+    assert (report.rejected, report.replies) == (6, 6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -322,6 +376,10 @@ def test_an_output_of_something_else_stays(data):
             path.exists() or path.write_text("x")
         with pytest.raises(MirageError, match="would replace the data"):
             write(data, server, data, restart=True)
+        for content in ("", '{"settings": {'):  # of which nothing is left, or a part of the first line
+            data.with_name("out.journal.jsonl").write_text(content)
+            with pytest.raises(MirageError, match=r"out.jsonl: is there already, with an empty out.journal.jsonl"):
+                write(data, server)
         assert server.asked == [] and out.read_text() == "precious\n"
 
 
@@ -415,6 +473,16 @@ def test_the_command(data):
     assert len(read_jsonl(out)) == 1
     journal = out.with_name("texts.journal.jsonl").read_text()
     assert "abc" not in journal.split('"sha256"')[0]
+
+
+def test_the_command_names_an_output_that_holds_other_lines(data):
+    out = data.with_name("texts.jsonl")
+    with ScriptedEndpoint(lambda a: says("no") if len(server.asked) in (1, 7) else right(a)) as server:
+        options = ["--endpoint", server.url, "--model", "m", "--out", out, "--attempts", 1, "--concurrency", 1]
+        invoke(data, *options)
+        done = invoke(data, *options, "--limit", 1)
+    assert done.stdout.startswith(f"{out}: 0 of 1 texts, 1 rejected")
+    assert len(read_jsonl(out)) == 5
 
 
 @pytest.mark.parametrize(

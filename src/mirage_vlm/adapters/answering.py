@@ -157,6 +157,12 @@ def answer_all(
     return [done[number] for number in sorted(done)]
 
 
+def of_rank(path: str | Path, rank: int | str) -> Path:
+    """The statistics of one of several processes: `spans.json` → `spans.rank0.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
 class Statistics:
     """What became of each request: spans, latents, tokens, and how it ended.
 

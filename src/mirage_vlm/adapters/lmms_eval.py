@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mirage_vlm.adapters.answering import Answer, Request, Statistics, answer_all
+from mirage_vlm.adapters.answering import Answer, Request, Statistics, answer_all, of_rank
 from mirage_vlm.adapters.messages import ModelArgs, conversation, generation, ignored
 from mirage_vlm.errors import MirageError
 
@@ -153,8 +153,7 @@ class MirageVLM(lmms):
         """Answers in order; what they cost and what their spans did goes into lmms-eval's own metrics and our file."""
         if self.args.statistics is not None:
             path = Path(self.args.statistics)
-            own = path if self.world_size == 1 else path.with_name(f"{path.stem}.rank{self.rank}{path.suffix}")
-            self.statistics.path = own
+            self.statistics.path = path if self.world_size == 1 else of_rank(path, self.rank)
         before = time.perf_counter()
         with tqdm(total=n, disable=self.rank != 0, desc="Model Responding") as bar:
             answers = answer_all(self.vlm, requests, self.args, self.statistics, bar.update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import os
 import types
@@ -121,11 +122,19 @@ class ModelArgs:
         """The checkpoint, on its device.
 
         Raises:
-            MirageError: it cannot be loaded.
+            MirageError: it cannot be loaded, or there is no such device.
         """
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and torch.cuda.is_available():  # one card a process
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError as fault:
+            raise MirageError(f"model argument 'device': torch knows no device {name!r}; use cpu or cuda") from fault
+        if device.type == "cuda":
+            cards = torch.cuda.device_count()
+            if (device.index or 0) >= cards:
+                raise MirageError(f"model argument 'device': {name!r} is not there; CUDA devices found: {cards}")
+            if name == "cuda":  # one card a process
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % cards)
         return LatentVLM.from_pretrained(resolve(self.pretrained), device=device, dtype=self.dtype, attn=self.attn)
 
 
@@ -160,6 +169,10 @@ def generation(args: ModelArgs, wanted: Mapping[str, Any], *names: object) -> tu
         chosen["temperature"] = _value("temperature", float, said["temperature"])
     elif sampled and chosen["temperature"] == 0:
         chosen["temperature"] = 1.0
+    if chosen["temperature"] == 0:  # greedy, whatever a task writes beside it, top_p=0 for one
+        chosen |= {"top_p": args.top_p, "top_k": args.top_k}
+    if chosen["top_k"] == -1:  # as vLLM and others write it
+        chosen["top_k"] = 0
     seed = sampling_seed(_value("seed", int, said.get("seed", args.seed)), *names)
     until = said.get("until", ())
     stops = (until,) if isinstance(until, str) else tuple(map(str, until))
@@ -221,13 +234,16 @@ def picture(source: Any) -> Image:
     if isinstance(source, Mapping):  # of the `datasets` library, or of OpenAI's messages
         source = next((source[name] for name in ("bytes", "path", "url") if source.get(name)), None)
     if isinstance(source, bytes):
-        kept = source
-        return Image(lambda: PIL.Image.open(io.BytesIO(kept)))
+        return Image(functools.partial(_decoded, source))
     if isinstance(source, str):
         return Image(source.removeprefix("file://"))
     if isinstance(source, PIL.Image.Image | Path):
         return Image(source)
     raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
+
+
+def _decoded(content: bytes) -> PIL.Image.Image:
+    return PIL.Image.open(io.BytesIO(content))
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

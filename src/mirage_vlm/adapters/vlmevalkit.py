@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mirage_vlm.adapters.answering import Answer, Answering, Request, Statistics
+from mirage_vlm.adapters.answering import Answer, Answering, Request, Statistics, of_rank
 from mirage_vlm.adapters.messages import ModelArgs, conversation, generation
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
@@ -58,7 +58,7 @@ class MirageVLM(BaseModel):
         self.args = ModelArgs.read({"pretrained": pretrained, **given})
         path = None if self.args.statistics is None else Path(self.args.statistics)
         if path is not None and "RANK" in os.environ:
-            path = path.with_name(f"{path.stem}.rank{os.environ['RANK']}{path.suffix}")
+            path = of_rank(path, os.environ["RANK"])
         self.statistics = Statistics(self.args, path)
         self.desk = Desk(self.args.load(), self.args, self.statistics)
         if path is not None:
@@ -133,11 +133,11 @@ class Desk:
         return future.result()
 
     def _work(self) -> None:
-        if self._running is None:
-            self._running = Answering(self.vlm, self.args, self.statistics)
-        running = self._running
         waiting: dict[int, Future[Answer]] = {}
         try:
+            if self._running is None:
+                self._running = Answering(self.vlm, self.args, self.statistics)
+            running = self._running
             while self._take(running, waiting):
                 for number, answer in running.step().items():
                     waiting.pop(number).set_result(answer)
@@ -160,8 +160,10 @@ class Desk:
                 request, future = self._inbox.get()
             try:
                 waiting[running.submit(request)] = future
-            except MirageError as fault:
+            except Exception as fault:
                 future.set_exception(fault)
+                if not isinstance(fault, MirageError):  # not of this request alone
+                    raise
 
 
 def register(args: ModelArgs | None = None, name: str = NAME) -> None:

@@ -51,7 +51,7 @@ def write_reasoning(
     ] = 8,
     price_in: Annotated[float | None, typer.Option(min=0, help="Price of a million prompt tokens.")] = None,
     price_out: Annotated[float | None, typer.Option(min=0, help="Price of a million completion tokens.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first lines, to see what comes.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Try only the first lines, to see what comes.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what was written to OUT before, and start over.")
     ] = False,
@@ -88,7 +88,7 @@ def write_reasoning(
             progress=show,
             tell=lambda line: console.print(line, highlight=False, markup=False),
         )
-    typer.echo(f"{out if report.written else 'nothing written'}: {_summary(report, prices)}")
+    typer.echo(f"{out if out.exists() else 'nothing written'}: {_summary(report, prices)}")
     if report.rejected:
         typer.echo(f"{report.rejected} without a text, see {rejected_path(out)}; the same command tries them again")
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats.faults import text_fault
 from mirage_vlm.tasks import Task, get_task, task_names
-from mirage_vlm.tasks.base import boxed
+from mirage_vlm.tasks.base import boxed, find_boxed
 from mirage_vlm.trajectory import LatentSpan, Segment, Text, Trajectory
 
 Check = Callable[[str], str | None]
@@ -235,16 +235,11 @@ def _without_thought(text: str, mark: str) -> str:
 
 def _at_box(text: str) -> tuple[str, str | None, str]:
     r"""What comes before the last `\boxed{}`, what it holds, and what comes after; None in it where there is none."""
-    start = text.rfind(r"\boxed{")
-    content = boxed(text[start:]) if start >= 0 else None
-    if content is None:
+    place = find_boxed(text)
+    if place is None:
         return text, None, ""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "{") - (text[index] == "}")
-        if depth == 0 and text[index] == "}":
-            return text[:start], content, text[index + 1 :]
-    return text, None, ""
+    start, end = place
+    return text[:start], boxed(text[start:end]), text[end:]
 
 
 def _near_mark(mark: str) -> re.Pattern[str]:

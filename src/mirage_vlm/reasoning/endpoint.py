@@ -29,6 +29,10 @@ class NoReply(Exception):
     """A request that has failed for good, while others may not."""
 
 
+class Refused(NoReply):
+    """The endpoint answers, but not this request."""
+
+
 @dataclass(frozen=True)
 class Connection:
     """Where and how to ask.
@@ -173,7 +177,7 @@ class Endpoint:
             messages: in the form of chat.completions.
 
         Raises:
-            NoReply: this request is refused, or had no sound reply in all tries.
+            NoReply: this request had no sound reply in all tries; `Refused`, if the endpoint will not answer it.
             MirageError: no request can succeed (`PERMANENT`, or a quota that is used up).
         """
         reason = ""
@@ -219,7 +223,7 @@ class Endpoint:
             }.get(status, "")
             raise MirageError(f"{self.connection.host}: {reason}{hint}") from fault
         if status not in AGAIN and status < 500:
-            raise NoReply(reason) from fault
+            raise Refused(reason) from fault
         return reason
 
     def _one_line(self, text: str) -> str:

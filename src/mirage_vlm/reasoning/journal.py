@@ -15,8 +15,9 @@ from mirage_vlm.evaluation.kept import differences
 class Journal:
     """A file with a line of JSON for the settings, then one for each line of the data that was tried.
 
-    An entry has `line`, `sha256` of that line, `usage`, and either `accepted` and `reasoning`, or `rejected`. A line
-    has at most one accepted entry. What the end of a process has cut off is dropped. Whoever opens it holds a lock.
+    An entry has `line`, `sha256` of that line, `usage`, and either `accepted` and `reasoning`, or `rejected` (what
+    spoke against each attempt) and `last_text`. A line has at most one accepted entry. What the end of a process has
+    cut off is dropped. Whoever opens it holds a lock.
 
     Args:
         path: the file.
@@ -25,22 +26,24 @@ class Journal:
         restart: forget what the file holds.
 
     Raises:
-        MirageError: the file is damaged, is of other settings, or is missing beside an output.
+        MirageError: the file is damaged, is of other settings, or is missing or empty beside an output.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path, out: Path, settings: Mapping[str, Any], restart: bool = False):
         self.path = path
         self.accepted: dict[int, dict[str, Any]] = {}
+        self.rejected: dict[int, dict[str, Any]] = {}  # what came last of the lines without a text
         self.usages: list[dict[str, int]] = []
         self._sha256: dict[int, str] = {}  # of the lines that have a text
         settings = json.loads(json.dumps(settings))
         if restart:
             path.unlink(missing_ok=True)
-        elif not path.exists() and out.exists():
-            raise MirageError(f"{out}: is there already, without {path.name}: name another file, or --restart")
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
+        if not whole and not restart and out.exists():
+            state = "with an empty" if path.exists() else "without"
+            raise MirageError(f"{out}: is there already, {state} {path.name}: name another file, or --restart")
         self._read(whole, settings)
         binary = getattr(os, "O_BINARY", 0)  # which only Windows has
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | binary, 0o666)
@@ -96,6 +99,9 @@ class Journal:
                 raise TypeError("a part of a text is no string")
             self._sha256[number] = digest
             self.accepted[number] = {"accepted": dict(entry["accepted"]), "reasoning": dict(entry["reasoning"])}
+            self.rejected.pop(number, None)
+        else:
+            self.rejected[number] = {"reasons": list(entry["rejected"]), "last_text": str(entry["last_text"])}
         self.usages.append(usage)
 
     def _read(self, content: bytes, settings: Mapping[str, Any]) -> None:

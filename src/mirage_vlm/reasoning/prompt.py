@@ -57,6 +57,7 @@ def prompt_of(example: Trajectory, rules: Rules) -> list[dict[str, Any]]:
 
 def correction(text: str, faults: Sequence[str]) -> list[dict[str, Any]]:
     """The messages that follow a text which cannot be used, and say why."""
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be sent
     said = [{"role": "assistant", "content": text}] if text.strip() else []
     again = AGAIN.format(faults="\n".join(f"- {fault}" for fault in faults))
     return [*said, {"role": "user", "content": again}]

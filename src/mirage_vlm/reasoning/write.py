@@ -22,7 +22,7 @@ from mirage_vlm.formats import atomic_writer, scan, to_record, write_jsonl
 from mirage_vlm.formats.faults import Fault, summary
 from mirage_vlm.formats.pictures import as_given, is_file
 from mirage_vlm.reasoning.accept import Check, Rules, Written, answer_check, judge
-from mirage_vlm.reasoning.endpoint import Connection, Endpoint, NoReply, Reply
+from mirage_vlm.reasoning.endpoint import Connection, Endpoint, NoReply, Refused, Reply
 from mirage_vlm.reasoning.journal import Journal
 from mirage_vlm.reasoning.prompt import PROMPT_VERSION, correction, prompt_of
 from mirage_vlm.trajectory import Image, LatentSpan, Trajectory
@@ -84,7 +84,10 @@ class Report:
 
 @dataclass
 class Tried:
-    """What came of a line: the accepted parts and who wrote them, or what spoke against each attempt."""
+    """What came of a line: the accepted parts and who wrote them, or what spoke against each attempt.
+
+    `silent` says that the endpoint gave no sign of life: neither a text nor a refusal.
+    """
 
     line: Line
     written: Written | None = None
@@ -202,7 +205,7 @@ def write_reasoning(
         rules: what a text must be like.
         attempts: most texts that are asked for of each line.
         concurrency: most requests at a time.
-        limit: only the first lines; the others may be written later.
+        limit: try only the first lines, and report of them; what the others have stays in `out`.
         restart: forget what the journal holds.
         progress: called at the start and after each line.
         tell: called with lines for people.
@@ -224,7 +227,7 @@ def write_reasoning(
             journal = Journal(journal_path(out), out, settings_of(connection, rules), restart)
             try:
                 journal.check({line.number: line.sha256 for line in lines}, data)
-                return _run(lines[:limit], out, endpoint, rules, journal, attempts, concurrency, progress, tell)
+                return _run(lines, limit, out, endpoint, rules, journal, attempts, concurrency, progress, tell)
             finally:
                 journal.close()
     except Timeout as fault:
@@ -235,6 +238,7 @@ def write_reasoning(
 
 def _run(
     lines: Sequence[Line],
+    limit: int | None,
     out: Path,
     endpoint: Endpoint,
     rules: Rules,
@@ -244,13 +248,13 @@ def _run(
     progress: Callable[[Report], None] | None,
     tell: Callable[[str], None] | None,
 ) -> Report:
-    report = Report(len(lines))
-    report.written = report.earlier = sum(line.number in journal.accepted for line in lines)
+    wanted = lines[:limit]
+    report = Report(len(wanted))
+    report.written = report.earlier = sum(line.number in journal.accepted for line in wanted)
     for usage in journal.usages:
         report.spend(usage)
     if report.earlier and tell is not None:
-        tell(f"{journal.path}: goes on after {report.earlier} of {len(lines)} lines")
-    rejected: list[Tried] = []
+        tell(f"{journal.path}: goes on after {report.earlier} of {len(wanted)} lines")
     silent = 0
 
     def finish(tried: Tried) -> None:
@@ -261,7 +265,6 @@ def _run(
             report.written += 1
         else:
             report.rejected += 1
-            rejected.append(tried)
         if progress is not None:
             progress(report)
         silent = silent + 1 if tried.silent else 0
@@ -273,9 +276,10 @@ def _run(
 
     if progress is not None:
         progress(report)
-    todo = [line for line in lines if line.number not in journal.accepted]
+    todo = [line for line in wanted if line.number not in journal.accepted]
+    todo.sort(key=lambda line: line.number in journal.rejected)  # those that may fail again are not in the others' way
     asyncio.run(_all(todo, endpoint, rules, attempts, concurrency, finish))
-    _write_out(lines, out, journal, rejected)
+    _write_out(lines, out, journal)
     return report
 
 
@@ -313,8 +317,8 @@ async def _try(line: Line, endpoint: Endpoint, rules: Rules, attempts: int) -> T
         try:
             reply = await endpoint.ask(messages)
         except NoReply as fault:
+            tried.silent = not tried.faults and not isinstance(fault, Refused)
             tried.faults.append([str(fault)])
-            tried.silent = True
             break
         tried.count(reply)
         tried.text, tried.model = reply.text, reply.model
@@ -334,7 +338,7 @@ def _entry(tried: Tried, connection: Connection) -> dict[str, Any]:
     """What the journal keeps of a line."""
     entry: dict[str, Any] = {"line": tried.line.number, "sha256": tried.line.sha256, "usage": tried.usage}
     if tried.written is None:
-        return entry | {"rejected": tried.faults}
+        return entry | {"rejected": tried.faults, "last_text": tried.text}
     told = {name: tried.usage[name] for name in ("prompt_tokens", "completion_tokens")}
     reasoning = {
         "model": connection.model,
@@ -348,16 +352,19 @@ def _entry(tried: Tried, connection: Connection) -> dict[str, Any]:
     return entry | {"accepted": asdict(tried.written), "reasoning": reasoning}
 
 
-def _write_out(lines: Sequence[Line], out: Path, journal: Journal, rejected: Sequence[Tried]) -> None:
-    """The output and the list of rejected lines, in the order of the data."""
+def _write_out(lines: Sequence[Line], out: Path, journal: Journal) -> None:
+    """The output and the list of rejected lines, both as the journal has them, in the order of the data."""
     done = [(line, journal.accepted[line.number]) for line in lines if line.number in journal.accepted]
     if done:
         write_jsonl(out, (_with_text(line, entry) for line, entry in done))
+    else:
+        out.unlink(missing_ok=True)  # of before a restart
+    rejected = [(line, journal.rejected[line.number]) for line in lines if line.number in journal.rejected]
     if rejected:
         with atomic_writer(rejected_path(out)) as file:
-            for tried in sorted(rejected, key=lambda tried: tried.line.number):
-                record = {"line": tried.line.number, "where": tried.line.where, "reasons": tried.faults}
-                file.write(json.dumps(record | {"last_text": tried.text}).encode() + b"\n")
+            for line, entry in rejected:
+                record = {"line": line.number, "where": line.where, **entry}
+                file.write(json.dumps(record).encode() + b"\n")
     else:
         rejected_path(out).unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ Split = Literal["train", "test"]
 
 TEST_PERCENT = 10
 MOST_DRAWS = 1000  # of which none is for testing once in 10^46
+BOX = r"\boxed{"
 STEP_BY_STEP = " Think step by step."  # what is added to the question where words are wanted
 
 
@@ -131,17 +132,26 @@ def shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:
     return (details["helper"],)
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` of a text holds, `\text{}` unwrapped; None if absent or unclosed."""
-    start = text.rfind(r"\boxed{")
+def find_boxed(text: str) -> tuple[int, int] | None:
+    r"""Where the last `\boxed{...}` of a text begins and ends; None if absent or unclosed."""
+    start = text.rfind(BOX)
     if start < 0:
         return None
-    content, depth = text[start + len(r"\boxed{") :], 1
-    for index, letter in enumerate(content):
-        depth += (letter == "{") - (letter == "}")
+    depth = 1
+    for index in range(start + len(BOX), len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
         if depth == 0:
-            return re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", content[:index]).strip()
+            return start, index + 1
     return None
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` of a text holds, `\text{}` unwrapped; None if absent or unclosed."""
+    place = find_boxed(text)
+    if place is None:
+        return None
+    content = text[place[0] + len(BOX) : place[1] - 1]
+    return re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", content).strip()
 
 
 def map_of(meta: Mapping[str, Any]) -> Maze:
