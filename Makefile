@@ -18,8 +18,8 @@ setup: $(STAMP)  ## build .venv/ with the package (editable) and the development
 demo: $(STAMP)  ## solve a fresh map with the bundled model
 	@$(BIN)/mirage demo
 
-test: $(STAMP)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests, without the slow ones, on all cores (at most 8)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 slow: $(STAMP)  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \

@@ -92,7 +92,8 @@ class Image:
     def __str__(self) -> str:
         if isinstance(self.source, str | Path):
             name = str(self.source)
-            return name if len(name) <= 80 else name[:77] + "..."
+            embedded = name.startswith("data:") and len(name) > 80  # a path is never cut: who reads it will look there
+            return name[:77] + "..." if embedded else name
         return "(in memory)"
 
 

@@ -11,6 +11,7 @@ from test_generate import assert_same
 
 from mirage_vlm.decoding import Engine, EngineConfig, Finished, compiled, native
 from mirage_vlm.decoding.graphs import StepGraphs, rounded
+from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Trajectory
 
 KINDS = [
@@ -117,6 +118,32 @@ def test_one_layer_is_compiled_for_all(tiny, prompts):
         same(run(engine, chosen, [{}]), expected)
         assert made and set(made) <= {merged, 4} and len(made) <= 2
     torch._dynamo.reset()
+
+
+def test_a_chain_of_projections_is_merged_link_by_link():
+    """As in LoRA, where the second reads what the first gives."""
+    torch.manual_seed(0)
+    first, second, side = torch.nn.Linear(8, 4), torch.nn.Linear(4, 8), torch.nn.Linear(8, 8)
+
+    def backend(graph, inputs):
+        compiled.merge_projections(graph)
+        return graph
+
+    x = torch.randn(1, 8)
+    with torch.no_grad():
+        found = torch.compile(lambda x: second(first(x)) + side(x), backend=backend)(x)
+        torch.testing.assert_close(found, second(first(x)) + side(x))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused(fresh, prompts):
+    layer = fresh.language_model.layers[0]
+    layer.forward = layer.forward
+    engine = Engine(fresh, EngineConfig(max_batch_tokens=8192))
+    engine._decode = compiled.by_layer(compiled._layer)
+    engine.submit(prompts[0])
+    with pytest.raises(MirageError, match="leave compile off"):
+        list(engine.run())
+    assert "forward" in layer.__dict__
 
 
 def test_merged_projections_are_what_they_were():

@@ -46,3 +46,30 @@ def test_the_choice_of_the_user_stays(fresh):
             assert config._attn_implementation == within
             raise RuntimeError
         assert config._attn_implementation == usual
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_checkpointed_tower_finds_again_what_it_found(fresh, attention):
+    """Its layers are run anew in backward, when nobody says any more how to attend."""
+    fresh.model.set_attn_implementation(attention)
+    pictures = [picture(4, 3, 1), picture(2, 2, 2)]
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+        fresh.train()
+        fresh.zero_grad()
+        features(fresh, pictures).square().sum().backward()
+        found.append([p.grad.clone() for p in fresh.vision_tower.parameters() if p.grad is not None])
+    assert found[0] and all(distance(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def test_threads_may_leave_in_any_order(fresh):
+    config = fresh.vision_tower.config
+    config._attn_implementation = "sdpa"
+    first, second = side_by_side(config), side_by_side(config)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert config._attn_implementation == "sdpa"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 Decode = Callable[..., torch.Tensor]  # as `run_paged`
+PIECES = 64  # of compiled code for one layer: torch makes one for each equality of sizes that once held
 MATRICES, OUTPUTS = 3, 2  # that one call of `mirage::project` takes at most; what their heights are multiples of
 
 
@@ -78,7 +79,7 @@ def by_layer(layer_step: Callable[..., torch.Tensor]) -> Decode:
     """
 
     def decode(vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, paged: NativeStep) -> torch.Tensor:
-        with _replaced(vlm.language_model.layers, layer_step):
+        with _replaced(vlm.language_model.layers, layer_step), torch._dynamo.config.patch(recompile_limit=PIECES):
             return run_paged(vlm, embeds, positions, paged)
 
     return decode
@@ -91,6 +92,8 @@ def _replaced(layers: Any, layer_step: Callable[..., torch.Tensor]) -> Iterator[
     def forward(layer: Any, index: int, hidden: torch.Tensor, *, paged: NativeStep, **told: Any) -> torch.Tensor:
         return layer_step(layer, hidden, {**told, "paged": paged.of(index)})
 
+    if any("forward" in layer.__dict__ for layer in layers):
+        raise MirageError("a decoder layer has a forward of its own (offloading, a hook); leave compile off with it")
     for index, layer in enumerate(layers):
         layer.forward = partial(forward, layer, index)
     try:
@@ -124,17 +127,18 @@ def merge_projections(graph: torch.fx.GraphModule) -> int:
             if one and _shape(weight)[0] % OUTPUTS == 0:
                 waiting.setdefault((vector, bias is not None), []).append(node)
     calls = 0
-    for (vector, biased), nodes in waiting.items():
+    for (_, biased), nodes in waiting.items():
         for first in range(0, len(nodes), MATRICES):
-            _merge(graph, vector, nodes[first : first + MATRICES], biased)
+            _merge(graph, nodes[first : first + MATRICES], biased)
             calls += 1
     graph.graph.lint()
     graph.recompile()
     return calls
 
 
-def _merge(graph: torch.fx.GraphModule, vector: torch.fx.Node, nodes: list[torch.fx.Node], biased: bool) -> None:
+def _merge(graph: torch.fx.GraphModule, nodes: list[torch.fx.Node], biased: bool) -> None:
     """One call in the place of several linear layers; their weights stand before all of them, as inputs do."""
+    vector = nodes[0].args[0]  # read now: it may be a part of what was merged before
     weights = [node.args[1] for node in nodes]
     biases = [node.args[2] if len(node.args) > 2 else node.kwargs["bias"] for node in nodes] if biased else []
     with graph.graph.inserting_before(nodes[0]):

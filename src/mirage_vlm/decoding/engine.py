@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from mirage_vlm.decoding import native
 from mirage_vlm.decoding.blocks import run_paged
 from mirage_vlm.decoding.compiled import compiled
 from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
-from mirage_vlm.decoding.graphs import Logged, StepGraphs
+from mirage_vlm.decoding.graphs import Logged, StepGraphs, cuda_capture
 from mirage_vlm.decoding.plan import NativePlan, Plan, make_native_plan, make_plan
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
@@ -76,7 +77,7 @@ class Engine:
         if fixed and not self._native:
             raise MirageError("compile on CUDA needs the engine's own kernel: Triton, heads as wide as a power of two")
         self._decode = compiled(vlm) if config.compile else run_paged
-        self._graphs = StepGraphs() if fixed else None
+        self._graphs = StepGraphs(cuda_capture(self.device)) if fixed else None
 
     # -- what users call ---------------------------------------------------------------------------------------
 
@@ -156,6 +157,10 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Admit what fits, move every row on by `look_every` positions, and tell what happened."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():  # for kernels and graphs
+            return self._step()
+
+    def _step(self) -> list[Event]:
         events = self._drop_cancelled()
         events += self._admit()
         if self.active:

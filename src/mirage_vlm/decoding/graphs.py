@@ -51,12 +51,12 @@ class StepGraphs:
     """The graphs of one engine, made when they are first needed.
 
     Args:
-        capture: makes a graph of a piece of work; by default a CUDA graph.
+        capture: makes a graph of a piece of work, as `cuda_capture` gives it.
     """
 
-    def __init__(self, capture: Capture | None = None):
+    def __init__(self, capture: Capture):
         self.graphs: dict[Hashable, _Graph] = {}
-        self.capture = capture or cuda_capture()
+        self.capture = capture
         self.loaded: tuple[_Graph, Rows, NativePlan] | None = None  # what stands in a graph's memory
 
     def run(self, step: Step, kind: Hashable, rows: Rows, plan: NativePlan, times: int) -> list[Logged]:
@@ -67,8 +67,8 @@ class StepGraphs:
         """
         count = len(rows)
         sizes = (rounded(count), rounded(plan.table.shape[1]), rounded(plan.own.shape[1]))
-        shapes = tuple(getattr(rows, f.name).shape[1:] for f in fields(rows))
-        key = (kind, sizes, shapes)
+        shapes = tuple(getattr(rows, f.name).shape[1:] for f in fields(rows) if f.name != "patches")
+        key = (kind, sizes, shapes, rounded(rows.patches.shape[1]))
         if key not in self.graphs:
             self.graphs[key] = self._make(step, rows, plan, sizes)
         graph = self.graphs[key]
@@ -100,7 +100,8 @@ class StepGraphs:
             return
         count = len(rows)
         for f in fields(rows):
-            getattr(graph.rows, f.name)[:count].copy_(getattr(rows, f.name))
+            ours, theirs = getattr(graph.rows, f.name), getattr(rows, f.name)
+            ours[(*map(slice, theirs.shape),)].copy_(theirs)
         graph.rows.idle(count)
         for f in fields(plan):
             ours, theirs = getattr(graph.plan, f.name), getattr(plan, f.name)
@@ -112,7 +113,7 @@ class StepGraphs:
         The work runs once before, so that everything is compiled; what it writes to the cache, the first replay
         writes again.
         """
-        still, layout = rows.padded(sizes[0]), plan.padded(*sizes)
+        still, layout = rows.padded(sizes[0], rounded(rows.patches.shape[1])), plan.padded(*sizes)
         step(replace(still), layout)
         kept: list[Logged] = []
 
@@ -129,18 +130,20 @@ class StepGraphs:
 
 
 def rounded(number: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, number - 1).bit_length()
+    """The next power of two; 0 is 0."""
+    return 1 << (number - 1).bit_length() if number else 0
 
 
-def cuda_capture() -> Capture:
-    """Captures into CUDA graphs, which share their memory: only one of them runs at a time."""
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures into CUDA graphs of a device, which share their memory: only one of them runs at a time."""
     pool: Any = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may go on
+        # other threads may go on meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

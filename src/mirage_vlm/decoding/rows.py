@@ -88,11 +88,13 @@ class Rows:
         """The rows at `index`, in its order."""
         return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    def padded(self, count: int) -> Rows:
-        """These rows and idle ones up to `count`, in memory of their own."""
+    def padded(self, count: int, patches: int) -> Rows:
+        """These rows and idle ones up to `count`, with room for so many patches, in memory of their own."""
         longer = {}
         for f in fields(self):
             ours = getattr(self, f.name)
+            if f.name == "patches":
+                ours = F.pad(ours, (0, 0, 0, patches - ours.shape[1]))
             longer[f.name] = torch.cat([ours, ours.new_zeros(count - len(ours), *ours.shape[1:])])
         padded = Rows(**longer)
         padded.idle(len(self))

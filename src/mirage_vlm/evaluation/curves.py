@@ -25,11 +25,18 @@ def curves(study: Study, row: Row, metric: str) -> dict[int, Curve]:
     for seed in study.seeds_of(row) if row.recipes else ():
         file = Path(recipes_of(study, row, seed)[-1].output_dir) / METRICS_FILE
         if file.exists():
-            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            curve = {line["step"]: float(line[metric]) for line in lines if metric in line}
+            whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a killed run leaves half a line
+            lines = map(json.loads, whole.splitlines())
+            curve = {line["step"]: _number(line[metric], metric, file) for line in lines if metric in line}
             if curve:
                 found[seed] = curve
     return found
+
+
+def _number(value: object, metric: str, file: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MirageError(f"{file}: {metric}: {value!r} is no number")
+    return float(value)
 
 
 def draw_curves(study: Study, metric: str, path: str | Path) -> None:

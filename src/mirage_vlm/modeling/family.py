@@ -7,6 +7,7 @@ that it travels to collation workers.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,11 @@ class QwenVL:
             pixel_values: [patches of all pictures, C · t · p · p].
             grid_thw: [pictures, 3].
         """
-        with side_by_side(model.model.visual.config):
+        tower = model.model.visual
+        checkpointed = any(getattr(block, "gradient_checkpointing", False) for block in tower.blocks)
+        # a checkpointed layer is run again in backward, and must then find what it found before
+        again = torch.is_grad_enabled() and tower.training and checkpointed
+        with nullcontext() if again else side_by_side(tower.config):
             return list(model.model.get_image_features(pixel_values, grid_thw, return_dict=True).pooler_output)
 
     def positions(

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 WINDOWS = "mirage_windows_as_flash"
 PLAIN = "mirage_plain_windows_as_flash"
+OURS = {"eager": PLAIN, "sdpa": WINDOWS}
 
 
 def _attend(
@@ -86,10 +87,9 @@ for _name in (WINDOWS, PLAIN):
 @contextmanager
 def side_by_side(config: Any) -> Iterator[None]:
     """Within, a vision tower with this config attends so, unless flash-attention was chosen for it."""
-    usual = config._attn_implementation
-    if usual in ("eager", "sdpa"):
-        config._attn_implementation = PLAIN if usual == "eager" else WINDOWS
+    config._attn_implementation = OURS.get(config._attn_implementation, config._attn_implementation)
     try:
         yield
-    finally:
-        config._attn_implementation = usual
+    finally:  # by name, so that threads that leave in any order leave it as it was
+        theirs = {ours: usual for usual, ours in OURS.items()}
+        config._attn_implementation = theirs.get(config._attn_implementation, config._attn_implementation)
