@@ -202,7 +202,8 @@ def assert_same(found: Path, expected: Path, first: int = 1) -> None:
     one, other = (load_file(output / "final" / "model.safetensors") for output in (found, expected))
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+        # another order of sums, which Adam makes larger; a wrong gradient moves a weight by 1e-3 to 1e-2 a step
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert LatentVLM.from_pretrained(found / "final").config.latent_size == 3
 
 
