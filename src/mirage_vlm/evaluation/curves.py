@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.plots import check_figure, save_figure
 from mirage_vlm.evaluation.study import Row, Study, recipes_of
+from mirage_vlm.tasks.base import count
 from mirage_vlm.training.checkpoints import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def curve_figure(study: Study, metric: str) -> Figure:
             axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.6, alpha=0.5)
         steps = sorted(set.intersection(*map(set, found.values())))
         mean = [sum(curve[step] for curve in found.values()) / len(found) for step in steps]
-        axes.plot(steps, mean, color=colour, linewidth=2, label=f"{row.name} ({len(found)} seeds)")
+        axes.plot(steps, mean, color=colour, linewidth=2, label=f"{row.name} ({count(len(found), 'seed')})")
     axes.set_xlabel("step")
     axes.set_ylabel(metric)
     axes.spines[["top", "right"]].set_visible(False)

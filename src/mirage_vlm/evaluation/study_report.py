@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -203,7 +203,14 @@ def figure(study: Study) -> Figure:
         mean, low, high = (100 * value for value in line.accuracy())
         axes.barh(y, mean, height=0.62, color="#c9ccd1" if line.row.helper != "both" else "#e6e7ea")
         axes.errorbar(mean, y, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=SELF, capsize=3)
-        axes.annotate(f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        inside: dict[str, Any] = {
+            "xytext": (-6, 0),
+            "textcoords": "offset points",
+            "ha": "right",
+            "va": "center",
+            "fontsize": 9,
+        }
+        axes.annotate(f"{mean:.1f}", (low, y), **inside)  # where no diamond can be
         if (best := line.best_empty()) is not None:
             axes.plot(line.mean(best), y, "o", color=EMPTY)
         if "oracle" in line.replacements():
