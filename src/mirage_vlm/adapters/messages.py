@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import io
 import os
 import types
 import typing
@@ -19,6 +17,7 @@ import torch
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.pictures import from_bytes
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
@@ -234,16 +233,12 @@ def picture(source: Any) -> Image:
     if isinstance(source, Mapping):  # of the `datasets` library, or of OpenAI's messages
         source = next((source[name] for name in ("bytes", "path", "url") if source.get(name)), None)
     if isinstance(source, bytes):
-        return Image(functools.partial(_decoded, source))
+        return from_bytes(source)
     if isinstance(source, str):
         return Image(source.removeprefix("file://"))
     if isinstance(source, PIL.Image.Image | Path):
         return Image(source)
     raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
-
-
-def _decoded(content: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(content))
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
