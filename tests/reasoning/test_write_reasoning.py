@@ -298,6 +298,16 @@ def test_a_line_that_is_refused_does_not_end_the_run(data):
     assert [(r["line"], r["reasons"]) for r in records] == [(n, [["400 a picture is too large"]]) for n in (2, 4)]
 
 
+def test_an_endpoint_that_refuses_every_line_ends_the_run(data, monkeypatch):
+    monkeypatch.setattr("mirage_vlm.reasoning.write.MOST_REFUSED", 4)
+    with ScriptedEndpoint(lambda a: refuses(400, "unknown parameter")) as server:
+        with pytest.raises(MirageError, match=r"refuses every line, 4 so far; the last, .*: 400 unknown parameter"):
+            write(data, server, concurrency=1)
+        assert len(server.asked) == 4
+        server.script = right
+        assert write(data, server).written == 6
+
+
 def test_lines_that_are_refused_neither_end_the_run_nor_stand_in_the_way(data):
     with ScriptedEndpoint(lambda a: right(a) if len(server.asked) == 6 else refuses(400, "too large")) as server:
         report = write(data, server, concurrency=1)

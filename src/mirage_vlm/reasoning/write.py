@@ -28,6 +28,7 @@ from mirage_vlm.reasoning.prompt import PROMPT_VERSION, correction, prompt_of
 from mirage_vlm.trajectory import Image, LatentSpan, Trajectory
 
 MOST_SILENT = 5  # lines in a row without a reply, after which the endpoint counts as broken
+MOST_REFUSED = 20  # lines, from the first on: then it is the settings that are refused, not the lines
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Report:
 class Tried:
     """What came of a line: the accepted parts and who wrote them, or what spoke against each attempt.
 
-    `silent` says that the endpoint gave no sign of life: neither a text nor a refusal.
+    `silent` says that the endpoint gave no sign of life: neither a text nor a refusal; `refused` that it will not.
     """
 
     line: Line
@@ -95,6 +96,7 @@ class Tried:
     faults: list[list[str]] = field(default_factory=list)
     text: str = ""
     silent: bool = False
+    refused: bool = False
     usage: dict[str, int] = field(
         default_factory=lambda: {"replies": 0, "prompt_tokens": 0, "completion_tokens": 0, "untold": 0}
     )
@@ -255,10 +257,10 @@ def _run(
         report.spend(usage)
     if report.earlier and tell is not None:
         tell(f"{journal.path}: goes on after {report.earlier} of {len(wanted)} lines")
-    silent = 0
+    silent = refused = 0
 
     def finish(tried: Tried) -> None:
-        nonlocal silent
+        nonlocal silent, refused
         journal.add(_entry(tried, endpoint.connection))
         report.spend(tried.usage)
         if tried.written is not None:
@@ -271,6 +273,13 @@ def _run(
         if silent >= MOST_SILENT:
             raise MirageError(
                 f"{endpoint.connection.host}: {silent} lines in a row got no reply; the last, {tried.line.where}: "
+                f"{tried.faults[-1][-1]}"
+            )
+
+        refused += tried.refused
+        if refused == MOST_REFUSED == report.written + report.rejected and not report.earlier:
+            raise MirageError(
+                f"{endpoint.connection.host}: refuses every line, {refused} so far; the last, {tried.line.where}: "
                 f"{tried.faults[-1][-1]}"
             )
 
@@ -317,7 +326,8 @@ async def _try(line: Line, endpoint: Endpoint, rules: Rules, attempts: int) -> T
         try:
             reply = await endpoint.ask(messages)
         except NoReply as fault:
-            tried.silent = not tried.faults and not isinstance(fault, Refused)
+            tried.refused = isinstance(fault, Refused)
+            tried.silent = not tried.faults and not tried.refused
             tried.faults.append([str(fault)])
             break
         tried.count(reply)
