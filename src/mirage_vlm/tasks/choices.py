@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -115,7 +115,7 @@ class Choose(Task):
         """By the letter or the answer of `meta`, with `read_choice` or `same_answer`."""
         meta = trajectory.meta
         if "choices" in meta:
-            return _score_letter(trajectory.text, *_choices(meta))
+            return score_letter(trajectory.text, *_choices(meta))
         if "answer" not in meta:
             raise MirageError(
                 'cannot score: the example has neither "choices" with a "letter" nor "answer" in its meta'
@@ -141,13 +141,24 @@ def _choices(meta: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     return dict(choices), letter
 
 
-def _score_letter(text: str, choices: Mapping[str, str], truth: str) -> Score:
+def score_letter(
+    text: str,
+    choices: Mapping[str, str],
+    truth: str,
+    said: Callable[[str], str] = str,
+    right: Callable[[str], str] = str,
+) -> Score:
+    """By the letter that `read_choice` reads.
+
+    Args:
+        said, right: how the verdict calls the letter that was chosen, and that which is right.
+    """
     choice = read_choice(text, choices)
     if choice.letter is None:
         return Score(False, False, None, choice.reason)
     if choice.letter == truth:
-        return Score(True, True, None, f"{truth} is right")
-    return Score(False, True, None, f"{choice.letter} is wrong: it is {truth}")
+        return Score(True, True, None, f"{said(truth)} is right")
+    return Score(False, True, None, f"{said(choice.letter)} is wrong: it is {right(truth)}")
 
 
 def _score_answer(text: str, truth: str | Sequence[str]) -> Score:

@@ -17,7 +17,7 @@ import PIL.Image
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Split, Task, respond, shown
-from mirage_vlm.tasks.choices import read_choice
+from mirage_vlm.tasks.choices import score_letter
 from mirage_vlm.tasks.photos import BuiltIn, Folder, Photos, Scenes
 from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
 
@@ -186,12 +186,7 @@ class Jigsaw(Task):
     def score(self, trajectory: Trajectory) -> Score:
         """Compared with the candidate that, by `meta`, was cut out of the hole, never with `answer`."""
         truth = self.puzzle(trajectory).answer()
-        choice = read_choice(trajectory.text, CHOICES)
-        if choice.letter is None:
-            return Score(False, False, None, choice.reason)
-        correct = choice.letter == truth
-        said = f"{choice.letter}, {CHOICES[choice.letter]}, is"
-        return Score(correct, True, None, f"{said} right" if correct else f"{said} wrong: it is {truth}")
+        return score_letter(trajectory.text, CHOICES, truth, lambda letter: f"{letter}, {CHOICES[letter]},")
 
     def puzzle(self, trajectory: Trajectory) -> Puzzle:
         """The puzzle that an example's `meta` records; its pictures can be drawn again, at any size.

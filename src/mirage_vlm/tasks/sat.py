@@ -14,7 +14,7 @@ from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, respond, shown
-from mirage_vlm.tasks.choices import read_choice
+from mirage_vlm.tasks.choices import score_letter
 from mirage_vlm.tasks.rooms import Scene, draw_view
 from mirage_vlm.tasks.spatial import KINDS
 from mirage_vlm.trajectory import Image, Message, Trajectory, assistant_turn, user_turn
@@ -95,12 +95,11 @@ class Sat(Task):
             choices = {letter: str(words) for letter, words in zip(LETTERS, scene["choices"], strict=True)}
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as fault:
             raise MirageError(f"cannot score: the scene in meta is not whole: {fault!r}") from fault
-        choice = read_choice(trajectory.text, choices)
-        if choice.letter is None:
-            return Score(False, False, None, choice.reason)
-        correct = choice.letter == truth
-        said, right = (f"{letter} ({choices[letter]})" for letter in (choice.letter, truth))
-        return Score(correct, True, None, f"{said} is right" if correct else f"{said} is wrong: it is {right}")
+
+        def named(letter: str) -> str:
+            return f"{letter} ({choices[letter]})"
+
+        return score_letter(trajectory.text, choices, truth, named, named)
 
 
 def _scene_of(meta: Mapping[str, Any]) -> tuple[str, Scene]:
