@@ -115,6 +115,7 @@ def test_options_reach_the_settings():
     assert Options(quick=True)._decode().compiled is False
     assert [case.name for case in Options(model="random")._decode().cases] == ["random"]
     assert Options(compiled=False)._gpu().compiled == (False,)
+    assert Options(compiled=True)._gpu().compiled == (True,)
     assert Options()._gpu().compiled == (False, True) and Options()._gpu().dtype == "bfloat16"
 
 

@@ -8,8 +8,8 @@ import torch
 from support import batch_of, dialogue, picture, ragged, span
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.training.data import BucketSampler, Collator, Examples, Kept, open_source
+from mirage_vlm.tasks.make import GeneratedDataset, write_dataset
+from mirage_vlm.training.data import BucketSampler, Collator, Examples, Kept, all_sources, open_source
 from mirage_vlm.training.recipe import DataRecipe
 
 # -- collation -------------------------------------------------------------------------------------------------------
@@ -201,3 +201,19 @@ def test_examples_are_measured_when_their_turn_comes_and_once():
     rest = list(order)
     assert len(rest) == 499 and list(sampler)[1:] == rest
     assert set(source.made.values()) == {1} and len(source.made) == 500
+
+
+def test_a_pattern_is_all_files_that_match(tmp_path):
+    for name in ("b", "a"):
+        write_dataset("vsp-planning", [3], 2, tmp_path / f"maps-{name}", n_test=0, cell=16)
+    found = all_sources([DataRecipe(path=f"{tmp_path}/maps-*/train.jsonl"), DataRecipe(task="vsp-planning")])
+    assert [source.path and source.path[len(str(tmp_path)) :] for source in found] == [
+        "/maps-a/train.jsonl",
+        "/maps-b/train.jsonl",
+        None,
+    ]
+    odd = tmp_path / "maps[1].jsonl"
+    odd.write_bytes((tmp_path / "maps-a" / "train.jsonl").read_bytes())
+    assert all_sources([DataRecipe(path=str(odd))]) == [DataRecipe(path=str(odd))]
+    with pytest.raises(MirageError, match=r"none-\*\.jsonl: no file matches"):
+        all_sources([DataRecipe(path=f"{tmp_path}/none-*.jsonl")])

@@ -26,7 +26,7 @@ class Options:
         quick: a form that shows in a minute or two that everything works; its times mean nothing.
         new_tokens: positions of each response (`decode`).
         repetitions: rounds that are timed.
-        compiled: also measure with a compiled decode step (`decode`, `gpu`).
+        compiled: `decode` measures a compiled decode step too, or not; `gpu` that alone, or the eager one alone.
         model: one of the models alone: `bundled` or `random` (`decode`), `3b` or `7b` (`gpu`).
         batches: numbers of prompts decoded together (`decode`, `gpu`).
     """
@@ -112,7 +112,7 @@ class Options:
         settings = replace(gpu.GpuSettings(), **self._given("device", "dtype", "repetitions", "batches"))
         if self.model in MODELS["gpu"]:
             settings = replace(settings, shapes=(self.model,))
-        return settings if self.compiled in (None, True) else replace(settings, compiled=(False,))
+        return settings if self.compiled is None else replace(settings, compiled=(self.compiled,))
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

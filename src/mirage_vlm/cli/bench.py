@@ -58,7 +58,8 @@ def bench(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Also measure a compiled decode step (decode, gpu); by default where torch can, not with --quick.",
+            help="Measure a compiled decode step too (decode), or it alone (gpu), or the eager one alone; by default "
+            "both, where torch can and without --quick.",
         ),
     ] = None,
 ) -> None:

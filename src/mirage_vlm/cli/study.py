@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,9 @@ def study(
     figure: Annotated[Path | None, typer.Option(help="Run nothing; draw what is done, as .png or .svg.")] = None,
     curve: Annotated[
         str | None, typer.Option(help="Of --figure: this metric of the runs over their steps, for example reward.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="To test on, for example cuda; the CPU by default. Training takes what there is.")
     ] = None,
 ) -> None:
     """Train and test what is not done yet. A study that was stopped goes on where it was.
@@ -54,6 +58,6 @@ def study(
     for seed in numbers:
         for row in (row for row in wanted if seed in found.seeds_of(row)):
             try:
-                run_row(found, row, seed, load_model, typer.echo)
+                run_row(found, row, seed, partial(load_model, device=device), typer.echo)
             except Taken as other:
                 typer.echo(str(other))

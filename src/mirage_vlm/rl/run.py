@@ -11,7 +11,7 @@ from mirage_vlm.rl.rewards import reward_of
 from mirage_vlm.tasks import score
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
-from mirage_vlm.training.data import Examples, in_one_line, open_source
+from mirage_vlm.training.data import Examples, all_sources, in_one_line, open_source
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.run import (
     finish,
@@ -99,7 +99,7 @@ def open_examples(recipe: Recipe) -> Examples:
     assert rl is not None
     checked = any(each.name in ("accuracy", "optimality") for each in rl.rewards)
     sources = []
-    for source in recipe.data:
+    for source in all_sources(recipe.data):
         found = open_source(source, responses=False)
         sources.append(found)
         if not checked or isinstance(found, GeneratedDataset):

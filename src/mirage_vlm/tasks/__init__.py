@@ -8,12 +8,24 @@ from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.jigsaw import FOLDER_JIGSAW, JIGSAW, PHOTO_JIGSAW
 from mirage_vlm.tasks.perception import PERCEPTION
 from mirage_vlm.tasks.sat import SAT
+from mirage_vlm.tasks.seen import SEEN
 from mirage_vlm.tasks.vsp import PLANNING, REASONING, from_record
 from mirage_vlm.trajectory import Trajectory
 
 __all__ = ["Score", "Task", "from_record", "get_task", "score", "task_names"]
 
-_ALL = (PLANNING, REASONING, PERCEPTION, GEOMETRY, JIGSAW, PHOTO_JIGSAW, FOLDER_JIGSAW, SAT, CHOICE)
+_ALL: tuple[Task, ...] = (
+    PLANNING,
+    REASONING,
+    PERCEPTION,
+    GEOMETRY,
+    JIGSAW,
+    PHOTO_JIGSAW,
+    FOLDER_JIGSAW,
+    SAT,
+    *SEEN,
+    CHOICE,
+)
 _TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

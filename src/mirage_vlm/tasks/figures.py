@@ -52,6 +52,10 @@ class Kind(ABC):
     def side(self, figure: Figure) -> int:
         """Cells per side of the picture."""
 
+    @abstractmethod
+    def cells(self, figure: Figure) -> list[list[str]]:
+        """What each cell of the picture shows before the operation, in a word; all of the figure follows from them."""
+
     def draw(self, figure: Figure, cell: int, done: bool = False) -> PIL.Image.Image:
         """The picture, `cell` pixels for each cell; after the operation it is the helper image."""
         board = Board(self.side(figure), cell)
@@ -154,6 +158,18 @@ class Creation(Kind):
     def side(self, figure: Figure) -> int:
         return figure["side"]
 
+    def cells(self, figure: Figure) -> list[list[str]]:
+        """Where the border runs: along the cell's top, its left `side`, both (`corner`) or neither (`open`)."""
+        body, rest = self._parts(figure)
+        inside, side = body | rest, range(figure["side"])
+
+        def word(r: int, c: int) -> str:
+            top = ((r, c) in inside) != ((r - 1, c) in inside)
+            left = ((r, c) in inside) != ((r, c - 1) in inside)
+            return {(True, True): "corner", (True, False): "top", (False, True): "side"}.get((top, left), "open")
+
+        return [[word(r, c) for c in side] for r in side]
+
     @staticmethod
     def _parts(figure: Figure) -> tuple[set[Cell], set[Cell]]:
         """The rectangle that has the whole width, and the one beside the notch."""
@@ -205,6 +221,12 @@ class Deletion(Kind):
 
     def side(self, figure: Figure) -> int:
         return figure["squares"] + 1
+
+    def cells(self, figure: Figure) -> list[list[str]]:
+        """The sticks that leave the middle of the cell to the right and down: `n`one, `b`lack or `r`ed, as `bn`."""
+        colour = {tuple(stick): "r" if i in figure["red"] else "b" for i, stick in enumerate(figure["sticks"])}
+        side = range(self.side(figure))
+        return [[colour.get(("h", r, c), "n") + colour.get(("v", r, c), "n") for c in side] for r in side]
 
     @staticmethod
     def _whole(figure: Figure) -> list[Cell]:
@@ -287,6 +309,13 @@ class Update(Kind):
     def side(self, figure: Figure) -> int:
         return figure["side"]
 
+    def cells(self, figure: Figure) -> list[list[str]]:
+        """`blue`, the `dot`, a letter or `empty`."""
+        words = {(r, c): "blue" for r, c in figure["cells"]}
+        words |= {(r, c): letter for letter, (r, c) in zip(LETTERS, figure["places"], strict=True)}
+        words[figure["dot"][0], figure["dot"][1]] = "dot"
+        return _grid(words, figure["side"])
+
     @staticmethod
     def _moved(cell: Cell, side: int, change: str) -> Cell:
         (row, column), last = cell, side - 1
@@ -342,12 +371,26 @@ class Selection(Kind):
     def side(self, figure: Figure) -> int:
         return 2 * (figure["room"] + 1)
 
+    def cells(self, figure: Figure) -> list[list[str]]:
+        """`blue`, a letter or `empty`."""
+        words, room = {}, figure["room"] + 1
+        for i, (letter, shape) in enumerate(zip(LETTERS, figure["shapes"], strict=True)):
+            top, left = room * (i // 2), room * (i % 2)
+            words[top, left] = letter
+            words |= {(top + 1 + r, left + c): "blue" for r, c in shape}
+        return _grid(words, self.side(figure))
+
     @staticmethod
     def _size(shape: Iterable[Cell], wanted: str) -> int:
         cells = set(shape)
         if wanted == "area":
             return len(cells)
         return sum((r + i, c + j) not in cells for r, c in cells for i, j in ((0, 1), (1, 0), (0, -1), (-1, 0)))
+
+
+def _grid(words: Mapping[Cell, str], side: int) -> list[list[str]]:
+    """The words of the cells row by row; the others are `empty`."""
+    return [[words.get((r, c), "empty") for c in range(side)] for r in range(side)]
 
 
 def grow(rng: random.Random, room: int, size: int) -> list[Cell]:

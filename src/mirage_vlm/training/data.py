@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
+import glob
 import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +107,24 @@ class Sizes:
             cells = source.levels[i % len(source.levels)] ** 2 if isinstance(source, GeneratedDataset) else 0
             self.known[index] = cells + len(WORD.findall(source[i].text))
         return self.known[index]
+
+
+def all_sources(sources: Sequence[DataRecipe]) -> list[DataRecipe]:
+    """The sources with each pattern (`data/*/train.jsonl`) in the place of what it matches, in the order of names.
+
+    Raises:
+        MirageError: a pattern matches nothing.
+    """
+    found: list[DataRecipe] = []
+    for source in sources:
+        if source.path is None or Path(source.path).exists() or not glob.has_magic(source.path):
+            found.append(source)
+            continue
+        paths = sorted(glob.glob(source.path, recursive=True))
+        if not paths:
+            raise MirageError(f"{source.path}: no file matches")
+        found += [replace(source, path=path) for path in paths]
+    return found
 
 
 def open_source(source: DataRecipe, responses: bool = True) -> Sequence[Trajectory]:

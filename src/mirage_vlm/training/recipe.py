@@ -46,7 +46,8 @@ class DataRecipe:
     """One source of examples: a JSONL file (or `datasets` folder), or a task whose maps are drawn as needed.
 
     Attributes:
-        path: a file of `mirage data make`, the reference implementation's format, or a datasets folder.
+        path: a file of `mirage data make`, the reference implementation's format, or a datasets folder; or a pattern
+            for several, such as `data/*/train.jsonl`.
         task, levels, n, seed, style: a generated source; see `mirage_vlm.tasks.make.GeneratedDataset`.
     """
 

@@ -25,13 +25,22 @@ from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
 from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, Checkpoints, MetricsFile
-from mirage_vlm.training.data import Collator, Examples, Kept, check_spans, has_spans, in_one_line, open_source
+from mirage_vlm.training.data import (
+    Collator,
+    Examples,
+    Kept,
+    all_sources,
+    check_spans,
+    has_spans,
+    in_one_line,
+    open_source,
+)
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import together
 from mirage_vlm.training.trainer import LatentTrainer
-from mirage_vlm.trajectory import Text
+from mirage_vlm.trajectory import Image, Text
 
 A = TypeVar("A", bound=TrainingArguments)
 FINAL = "final"
@@ -55,13 +64,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     output = Path(recipe.output_dir)
     with together(arguments.device):
         last = newest_checkpoint(output, resume)
-        examples = Examples([open_source(source) for source in recipe.data])
+        sources = all_sources(recipe.data)
+        examples = Examples([open_source(source) for source in sources])
         if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
         set_seed(recipe.train.seed)
         vlm = prepare_model(recipe, examples)
         if recipe.needs_targets:
-            for source, opened in zip(recipe.data, examples.sources, strict=True):
+            for source, opened in zip(sources, examples.sources, strict=True):
                 check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
         alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
         fit(vlm, alignment, examples, recipe, arguments.device)
@@ -141,7 +151,11 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         if (value := getattr(wanted, name)) is not None
     }
     if wanted.scratch is not None:
-        corpus = Examples([open_source(s) for s in wanted.tokenizer_data]) if wanted.tokenizer_data else examples
+        corpus = (
+            Examples([open_source(s) for s in all_sources(wanted.tokenizer_data)])
+            if wanted.tokenizer_data
+            else examples
+        )
         vlm = build(wanted.scratch, _sample_texts(corpus), recipe.train.seed, wanted.attn, **latent)
     else:
         assert wanted.path is not None
@@ -296,4 +310,5 @@ def _sample_texts(examples: Examples) -> list[str]:
         trajectory = examples[i]
         segments = [segment for message in trajectory.messages for segment in message.segments]
         texts += [segment.text for segment in segments if isinstance(segment, Text)]
+        texts += ["".join(segment.reading) for segment in segments if isinstance(segment, Image) and segment.reading]
     return texts

@@ -1,0 +1,126 @@
+"""The tasks that tell a model what there is to see, patch by patch."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mirage_vlm.errors import MirageError
+from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.base import split_of
+from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.tasks.rooms import COLOURS
+from mirage_vlm.tasks.seen import NAMED, PALETTE
+from mirage_vlm.trajectory import Image
+
+CELL = 16
+
+
+def told(name, n=60, style="words"):
+    """Examples whose patches bear what they show, not their place."""
+    task = get_task(name)
+    made = [task.make(random.Random(i), 1 + i % 4, style, CELL) for i in range(n)]
+    return [example for example in made if next(example.images()).reading[0] != " r1c1"]
+
+
+def bare(example):
+    return replace(
+        example,
+        messages=tuple(
+            replace(m, segments=tuple(replace(s, reading=None) if isinstance(s, Image) else s for s in m.segments))
+            for m in example.messages
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", ["geometry", "jigsaw", "sat"])
+def test_but_for_the_readings_the_examples_are_those_of_the_task(name):
+    seen, plain = get_task(f"{name}-seen"), get_task(name)
+    for style in seen.styles:
+        one, other = (task.make(random.Random(3), 2, style, CELL) for task in (seen, plain))
+        assert one.task == name and one.text == other.text and one.meta == other.meta
+        for a, b in zip(one.images(), other.images(), strict=True):
+            assert b.reading is None and (np.asarray(a.load()) == np.asarray(b.load())).all()
+            assert len(a.reading) == (a.load().size[0] // CELL) ** 2 and all(word[0] == " " for word in a.reading)
+        assert seen.score(one) == plain.score(other) and seen.score(one).correct
+        assert seen.key(one) == plain.key(other)
+    with pytest.raises(MirageError, match=f"{name}-seen has no style 'shown'"):
+        seen.make(random.Random(3), 2, "shown", CELL)
+
+
+@pytest.mark.parametrize("name", ["geometry-seen", "sat-seen"])
+def test_training_and_test_examples_stay_apart(name):
+    for split in ("train", "test"):
+        made = GeneratedDataset(name, None, 8, 0, "words", split, CELL)
+        assert {split_of(made.task.key(example)) for example in made} == {split}
+
+
+def test_some_examples_name_places():
+    made = GeneratedDataset("geometry-seen", [1], 300, style="plain", cell=CELL)
+    named = [example for example in made if next(example.images()).reading[:2] == (" r1c1", " r1c2")]
+    assert 0.5 * NAMED < len(named) / len(made) < 1.6 * NAMED
+
+
+def test_figures_are_read_as_they_are_drawn():
+    kinds = set()
+    for example in told("geometry-seen", 120):
+        picture = next(example.images())
+        pixels = np.asarray(picture.load()).astype(int)
+        side = len(pixels) // CELL
+        kinds.add(kind := example.meta["kind"])
+        for i, word in enumerate(picture.reading):
+            top, left = CELL * (i // side), CELL * (i % side)
+            patch = pixels[top : top + CELL, left : left + CELL]
+            dark, red = (patch.sum(axis=2) < 250), (patch[..., 0] > 180) & (patch[..., 1] < 80)
+            blue = (patch[CELL // 2, CELL // 2] == (140, 185, 242)).all()
+            if kind == "creation":
+                ink = dark[0, 4:12].all(), dark[4:12, 0].all()
+                assert word.strip() == {(1, 1): "corner", (1, 0): "top", (0, 1): "side", (0, 0): "open"}[ink]
+            elif kind == "deletion":
+                for (row, column), letter in zip(((8, 12), (12, 8)), word.strip(), strict=True):
+                    around = slice(row - 1, row + 1), slice(column - 1, column + 1)
+                    assert letter == ("r" if red[around].any() else "b" if dark[around].any() else "n")
+            elif word == " dot":
+                assert red[CELL // 2, CELL // 2]
+            elif word in (" blue", " empty"):
+                assert blue == (word == " blue") and not red[6:10, 6:10].any()
+            else:
+                assert word.strip() in "ABCD" and (dark[2:-2, 2:-2].any() or red.any())
+    assert kinds == {"creation", "deletion", "update", "selection"}
+
+
+def test_colours_are_those_of_the_pictures():
+    for example in told("jigsaw-seen", 12):
+        asked, *pieces = example.images()
+        assert [len(image.reading) for image in (asked, *pieces)] == [16, 4, 4]
+        assert {asked.reading[i] for i in (10, 11, 14, 15)} == {" black"}  # the hole
+        for image in (asked, *pieces):
+            pixels, side = np.asarray(image.load()).astype(float), int(len(image.reading) ** 0.5)
+            for i, word in enumerate(image.reading):
+                top, left = CELL * (i // side), CELL * (i % side)
+                mean = pixels[top : top + CELL, left : left + CELL].mean(axis=(0, 1))
+                gaps = {name: np.linalg.norm(mean - tone) for name, tone in PALETTE.items()}
+                assert gaps[word.strip()] < min(gaps.values()) + 2
+
+
+def test_things_are_named_where_they_are_seen():
+    counts = {"colour": 0, "shape": 0}
+    for example in told("sat-seen", 40):
+        things = example.meta["scene"]["things"]
+        for image in example.images():
+            words = {word.strip() for word in image.reading} - {"none"}
+            kind = "colour" if words <= set(COLOURS) else "shape"
+            assert words <= {thing[kind] for thing in things}
+            counts[kind] += 1
+            if kind == "shape":
+                continue
+            pixels = np.asarray(image.load().resize((64, 64))).astype(int)
+            for i, word in enumerate(image.reading):
+                if word in (" red", " blue"):  # what nothing else in a room looks like
+                    patch = pixels[16 * (i // 4) : 16 * (i // 4 + 1), 16 * (i % 4) : 16 * (i % 4 + 1)]
+                    main, other = (0, 2) if word == " red" else (2, 0)
+                    assert (
+                        patch[..., main] - patch[..., other] > 40
+                    ).sum() >= 4  # of 256; the least that is named is 15
+    assert min(counts.values()) > 10
