@@ -138,6 +138,18 @@ def test_results_of_another_study_are_refused(folder, done, tmp_path):
             lines(study)
 
 
+def test_a_model_from_before_a_setting_was_there_is_taken(done):
+    file = done.folder(done.row("paper"), 1) / "2-two" / "final" / "recipe.json"
+    kept = file.read_text()
+    recipe = json.loads(kept)
+    del recipe["train"]["keep_examples"]
+    file.write_text(json.dumps(recipe))
+    told = []
+    run_row(done, done.row("paper"), 1, load_model, told.append)
+    file.write_text(kept)
+    assert len(told) == 2 and all(line.endswith(".json: is there") for line in told)
+
+
 def test_a_run_whose_test_is_missing_is_only_tested(done, monkeypatch):
     file = done.folder(done.row("paper"), 2) / "results.json"
     before = json.loads(file.read_text())

@@ -264,9 +264,9 @@ def _origin(row: Row, test: Test) -> dict[str, Any]:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Refuse a model that another recipe has made."""
-    made = json.loads((Path(recipe.output_dir) / FINAL / RECIPE_FILE).read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(recipe.to_dict()))
+    """Refuse a model that another recipe has made; settings newer than that model had their usual values."""
+    made = load_recipe(Path(recipe.output_dir) / FINAL / RECIPE_FILE).to_dict()
+    wanted = recipe.to_dict()
     if made != wanted:
         parts = [key for key in wanted if made.get(key) != wanted[key]]
         raise MirageError(
