@@ -12,6 +12,7 @@ import torch
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.encoding import Encoded
 from mirage_vlm.modeling.pooling import Targets, place_code
+from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.data import collate
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.rollout import Batch
@@ -236,3 +237,13 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return Batch(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+
+def held_out() -> list[Trajectory]:
+    """16 held-out prompts of both maze tasks, both styles and all levels."""
+    return [
+        GeneratedDataset(task, (level,), 1, 7, style, "test")[0]
+        for task in ("vsp-planning", "vsp-reasoning")
+        for style in ("direct", "cot")
+        for level in (3, 4, 5, 6)
+    ]

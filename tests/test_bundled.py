@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import held_out
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.evaluation.evaluate import evaluate, summarise
@@ -32,13 +33,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def prompts():
-    """16 held-out prompts of both tasks, both styles and all levels."""
-    return [
-        GeneratedDataset(task, (level,), 1, 7, style, "test")[0]
-        for task in ("vsp-planning", "vsp-reasoning")
-        for style in ("direct", "cot")
-        for level in (3, 4, 5, 6)
-    ]
+    return held_out()
 
 
 @pytest.fixture(scope="module")

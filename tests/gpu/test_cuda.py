@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import batch_of, distance, ragged
+from support import batch_of, distance, held_out, ragged
 
 from mirage_vlm.decoding import Engine, EngineConfig, Finished
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import BUNDLED, resolve
 from mirage_vlm.rl.run import run_recipe
-from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.losses import stage1, stage2
 from mirage_vlm.training.recipe import load_recipe
 
@@ -42,12 +41,7 @@ def cuda():
 
 @pytest.fixture(scope="module")
 def prompts():
-    return [
-        GeneratedDataset(task, (level,), 1, 7, style, "test")[0]
-        for task in ("vsp-planning", "vsp-reasoning")
-        for style in ("direct", "cot")
-        for level in (3, 4, 5, 6)
-    ]
+    return held_out()
 
 
 def responses(vlm, prompts, **engine):
