@@ -94,6 +94,8 @@ def test_a_run_and_its_metrics(grpo, folder, latents):
         for name in ("kl", "entropy", "frac_reward_zero_std", "clip_ratio/region_mean", "rollout_tokens_per_second"):
             assert name in line
         assert line["rollout_seconds"] > 0 and line["train_seconds"] > 0
+        assert line["group_std"] >= 0 and line["groups_without_signal"] in (0, 0.5, 1)  # of two groups
+        assert (line["group_std"] > 0) == (line["groups_without_signal"] < 1)
     assert sum(line["latent_rate"] for line in lines[:3]) > 0
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[2]["kl"] > 1e-6
     assert lines[-1]["examples"] == 12
@@ -158,11 +160,13 @@ def test_adapters_learn_and_are_merged(grpo, folder):
 
 def test_several_updates_are_clipped_and_compared_once(grpo):
     """The engine's log-probabilities are those of the policy before its updates."""
-    final = grpo("several", "rl.updates=3", "train.max_steps=6", "train.learning_rate=3.0e-3")
+    final = grpo("several", "rl.updates=3", "train.max_steps=6", "train.learning_rate=3.0e-3", "train.save_every=3")
     lines = metrics(final)[:6]
     fresh, later = lines[::3], lines[1::3] + lines[2::3]
     assert all(line["rollout_logprob_max_abs_diff"] < 1e-4 for line in fresh)
-    assert all(line.get("rollout_logprob_max_abs_diff", 0.0) < 1e-4 for line in later)
+    rollouts = ("rollout_logprob_max_abs_diff", "rollout_seconds", "rollout_tokens_per_second", "group_std")
+    assert not any(name in line for name in rollouts for line in later)
+    assert all(line["train_tokens_per_second"] > 0 and line["text_entropy"] > 0 for line in lines)
     assert any(line["clip_ratio/region_mean"] > 0 for line in later)
     assert all(line["clip_ratio/region_mean"] == 0 for line in fresh)
 
@@ -170,6 +174,44 @@ def test_several_updates_are_clipped_and_compared_once(grpo):
 def test_text_only(grpo):
     lines = metrics(grpo("text", "rl.spans=none", "rl.rewards=[{name: boxed}]"))
     assert all(line["latent_rate"] == 0 and line["latents"] == 0 for line in lines[:3])
+
+
+def test_the_spread_within_groups(grpo, monkeypatch):
+    """Not that over all responses: here all of a group are worth the same, and the groups differ."""
+    monkeypatch.setattr(LatentGRPO.__mro__[2], "_calculate_rewards", _by_prompt)
+    line = metrics(grpo("spread", "train.max_steps=1"))[0]
+    assert line["reward_std"] > 0.1
+    assert line["group_std"] == 0 and line["groups_without_signal"] == 1
+
+
+def _by_prompt(self, inputs, prompts, *others):
+    worth = torch.tensor([float(prompt != prompts[0]) for prompt in prompts])
+    return torch.stack([worth, torch.zeros_like(worth)], dim=1)
+
+
+def test_a_policy_out_of_bounds(grpo, monkeypatch):
+    monkeypatch.setattr(LatentGRPO, "_roll_out", _broken(LatentGRPO._roll_out))
+    with pytest.raises(MirageError, match="step 0: the policy's log-probabilities are not finite"):
+        grpo("broken")
+
+
+def _broken(roll_out):
+    """Weights that are no numbers any more, from the first rollout on."""
+
+    def rolled(self, prompts, trainer):
+        found = roll_out(self, prompts, trainer)
+        with torch.no_grad():
+            self.vlm.model.lm_head.weight.fill_(torch.nan)
+        return found
+
+    return rolled
+
+
+def test_engine_and_trainer_apart_are_told_of(grpo, monkeypatch):
+    observe = LatentGRPO._observe
+    monkeypatch.setattr(LatentGRPO, "_observe", lambda self, logps, entropy: observe(self, logps - 0.5, entropy))
+    with pytest.warns(UserWarning, match="engine and trainer differ by 0.50 nats"):
+        grpo("apart", "train.max_steps=1")
 
 
 def test_a_model_that_must_think_and_does_not(grpo, fresh, folder, tmp_path):
@@ -216,6 +258,11 @@ def test_data_whose_answers_cannot_be_checked(tmp_path, folder):
         (["rl.latents=gaussian"], "rl.latent_noise: must be positive with gaussian"),
         (["rl.latent_noise=0.1"], "rl.latent_noise: must be positive with gaussian"),
         (["rl.rewards=[]"], "rl.rewards: give at least one"),
+        (["rl.rewards=[{name: boxed}, {name: boxed}]"], "rl.rewards: each reward counts once"),
+        (["rl.rewards=[{name: boxed, weight: .nan}]"], "rl.rewards: weights must be finite"),
+        (["rl.updates=3", "train.save_every=2"], "train.save_every: must be a multiple of rl.updates"),
+        (["model.lora={rank: 2, dropout: 0.1}"], "model.lora.dropout: must be 0 in stage grpo"),
+        (["loss={ce: 0.5}"], "loss: is of the other stages"),
         (["rl.kl=-1"], "rl.kl: must not be negative"),
         (["stage=stage2"], "rl: is what stage grpo needs, and no other has"),
         (["rl=null"], "rl: is what stage grpo needs, and no other has"),

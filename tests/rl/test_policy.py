@@ -1,6 +1,8 @@
 """The policy: what the trainer finds likely is what the engine recorded, with latents in place."""
 
 import copy
+import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.distributions import Independent, Normal
 
 from mirage_vlm.decoding import GenerationConfig
 from mirage_vlm.decoding.sampling import normals, uniforms
+from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.feedback import build_feedback
 from mirage_vlm.rl.policy import Policy, WithoutAdapters, gaussian_log_density, token_scores
 from mirage_vlm.rl.rollouts import Rollout, roll_out
@@ -49,6 +52,37 @@ def apart(vlm, rollouts, **options) -> float:
     return found
 
 
+def test_without_spans_the_policy_is_what_was_sampled_from(tiny):
+    """Chances are among the tokens that may be chosen: they add up to 1, and are how often each comes."""
+    config = GenerationConfig(max_new_tokens=1, temperature=1.0, max_spans=0)
+    prompt = prompts()[0]
+    rollouts = roll_out(tiny, [prompt] * 600, config, range(600))
+    chances = {each.completion[0]: each.chances[0] for each in rollouts}
+    share = sum(math.exp(chance) for chance in chances.values())
+    assert 0.8 < share < 1 + 1e-5
+    seen = Counter(each.completion[0] for each in rollouts)
+    for token, times in seen.most_common(5):
+        expected = 600 * math.exp(chances[token])
+        assert abs(times - expected) < 4 * expected**0.5
+    some = rolled(tiny, max_spans=0)
+    assert not any(each.trajectory.spans for each in some)
+    assert apart(tiny, some, thinks=False) < 1e-4 < 1e-3 < apart(tiny, some)
+
+
+def test_whether_to_go_on_is_drawn_as_likely_as_it_is(tiny):
+    """Under the learned rule, at a temperature."""
+    rollouts = rolled(tiny, stop_rule="learned") + rolled(tiny, 100, stop_rule="learned")
+    expected, variance, went_on = 0.0, 0.0, 0
+    for each in rollouts:
+        for before, token, chance in zip([0, *each.completion], each.completion, each.chances, strict=False):
+            if before == tiny.config.pad_id and chance is not None:
+                share = math.exp(chance) if token == tiny.config.pad_id else 1 - math.exp(chance)
+                expected, variance = expected + share, variance + share * (1 - share)
+                went_on += token == tiny.config.pad_id
+    assert variance > 5, "there were choices"
+    assert abs(went_on - expected) < 4 * variance**0.5
+
+
 @pytest.mark.parametrize("latents", ["replay", "reroll"])
 @pytest.mark.parametrize("rule", ["fixed", "learned"])
 def test_the_trainer_finds_what_the_engine_recorded(tiny, latents, rule):
@@ -83,6 +117,19 @@ def test_a_rollout_is_a_response_of_generate(tiny, rollouts):
     config = GenerationConfig(max_new_tokens=60, temperature=0.9)
     alone = tiny.generate(asked, config, seeds=list(range(0, 4 * len(asked), 4)))
     assert [each.trajectory.text for each in rollouts[::4]] == [each.text for each in alone]
+
+
+def test_a_density_is_added_to_the_choice_to_go_on(tiny):
+    rollouts = rolled(tiny, latent_noise=SIGMA, stop_rule="learned")
+    batch = batch_of(rollouts, tiny)
+    with torch.no_grad():
+        likely, chosen = (Policy(tiny, latents, 0.9, SIGMA)(**batch)[0] for latents in ("gaussian", "replay"))
+    pads = batch["input_ids"] == tiny.config.pad_id
+    assert torch.equal(likely[~pads], chosen[~pads]) and (chosen[pads] < 0).sum() > 5, "decisions"
+    fixed = batch | {"labels": batch["labels"].masked_fill(pads, IGNORED)}
+    with torch.no_grad():
+        density = Policy(tiny, "gaussian", 0.9, SIGMA)(**fixed)[0]
+    assert likely[pads] == pytest.approx(density[pads] + chosen[pads], abs=1e-4)
 
 
 @pytest.mark.parametrize("feedback", ["identity", "linear"])
@@ -190,9 +237,11 @@ def test_entropy(tiny):
     with torch.no_grad():
         likely, entropy = token_scores(tiny, hidden, labels, 1.7)
     for row, place in ((0, 1), (0, 3), (1, 2)):
-        chances = (tiny.logits(hidden[row, place - 1]).detach() / 1.7).softmax(-1)
+        logits = tiny.logits(hidden[row, place - 1]).detach() / 1.7
+        logits[[tiny.config.pad_id, tiny.config.end_id, tiny.family.image_token_id]] = -torch.inf
+        chances = logits.softmax(-1)
         assert float(likely[row, place]) == pytest.approx(float(chances[labels[row, place]].log()), abs=1e-5)
-        assert float(entropy[row, place]) == pytest.approx(float(-(chances * chances.log()).sum()), abs=1e-4)
+        assert float(entropy[row, place]) == pytest.approx(float(-(chances * chances.log()).nansum()), abs=1e-4)
     assert int((likely != 0).sum()) == 3 and int((entropy != 0).sum()) == 3
 
 

@@ -1,9 +1,13 @@
 """Rewards on responses written by hand, and what is refused."""
 
 import math
+import os
 import re
+import sys
 
+import numpy as np
 import pytest
+import torch
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.rl.rewards import REWARDS, reward_of
@@ -85,21 +89,39 @@ def words(trajectories):
     return ["good" for _ in trajectories]
 
 
+def of_libraries(trajectories):
+    return [np.float32(0.5), torch.tensor(2.0)]
+
+
+def gives_up(trajectories):
+    raise MirageError("no map")
+
+
 def test_a_users_own(example):
-    assert reward_of(f"{__name__}:mine")([said(example, "abc"), said(example, "")]) == [3.0, 0.0]
+    both = [said(example, "abc"), said(example, "")]
+    assert reward_of(f"{__name__}:mine")(both) == [3.0, 0.0]
+    assert reward_of(f"{__name__}:of_libraries")(both) == [0.5, 2.0]
+
+
+def test_a_users_own_in_the_working_directory(example, tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def two(trajectories):\n    return [2.0 for _ in trajectories]\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert reward_of("rewards_of_mine:two")([said(example, "x")]) == [2.0]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (f"{__name__}:not_a_number", "gave nan for the response 'abc'"),
-        (f"{__name__}:words", "gave 'good' for the response 'abc'"),
+        (f"{__name__}:not_a_number", "gave nan, which is no finite number, for the response 'abc'"),
+        (f"{__name__}:words", "gave 'good', which is no finite number, for the response 'abc'"),
         (f"{__name__}:too_few", "gave 1 numbers for 2 responses"),
+        (f"{__name__}:gives_up", ": no map"),
         (f"{__name__}:fails", "failed: ZeroDivisionError: division by zero"),
     ],
 )
 def test_what_a_reward_must_not_give(example, name, message):
-    with pytest.raises(MirageError, match=re.escape(f"the reward {name!r} {message}")):
+    with pytest.raises(MirageError, match=re.escape(f"the reward {name!r}{' ' * (message[0] != ':')}{message}")):
         reward_of(name)([said(example, "abc"), said(example, "d")])
 
 

@@ -307,16 +307,19 @@ class Chooser:
             needed = torch.where(rows.learned, rows.k.clamp(max=1), rows.k)
             shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
             choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
+        if asks is not None:
+            two = torch.full_like(choice, -torch.inf)
+            two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
+            choice = torch.where(asks.unsqueeze(1), two, choice)
+        open_ = choice
         found = choice.argmax(dim=-1)
         if self.sampled:
             if self.restricted:
                 choice = allowed(choice, rows.top_k, rows.top_p)
             drawn = draw(choice, uniforms(rows.seed, rows.written))
             found = torch.where(rows.temperature > 0, drawn, found)
-        if asks is not None:
-            found = torch.where(asks, torch.where(logits[:, pad] >= logits[:, end], pad, end), found)
         if not self.scored:
             return found, None
         said = found if forced is None else torch.where(forced >= 0, forced, found)
-        chance = logits.log_softmax(dim=-1).gather(1, said.unsqueeze(1)).squeeze(1)
+        chance = open_.log_softmax(dim=-1).gather(1, said.unsqueeze(1)).squeeze(1)
         return found, torch.where(chooses, chance, torch.nan)

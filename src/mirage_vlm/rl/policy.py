@@ -41,6 +41,7 @@ class Policy(nn.Module):
         temperature: of sampling.
         noise: standard deviation of `gaussian`.
         visibility: who looks at the prompt's pictures; see `mirage_vlm.training.visibility`.
+        thinks: whether it may open a span; it chooses among the tokens that the engine lets it choose from.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         noise: float = 0.0,
         visibility: str = "full",
+        thinks: bool = True,
     ):
         super().__init__()
-        self.vlm = vlm
+        self.vlm, self.thinks = vlm, thinks
         self.latents, self.temperature, self.noise, self.visibility = latents, temperature, noise, visibility
 
     def forward(
@@ -69,7 +71,8 @@ class Policy(nn.Module):
 
         Returns:
             [B, T] log-probabilities at the positions of tokens that were chosen, and of latents under `gaussian`, where
-            they are log-densities; and [B, T] entropies of the choices in nats, without gradient. Zero elsewhere.
+            they are log-densities (added to that of the decision to go on, where the model decides it); and [B, T]
+            entropies of the choices in nats, without gradient. Zero elsewhere.
         """
         vlm, given = self.vlm, Batch(**batch)
         embeds = vlm.embed(given.input_ids)
@@ -81,14 +84,14 @@ class Policy(nn.Module):
             hidden, _ = forward_own(vlm, given, visibility=self.visibility, embeds=embeds)
         else:
             hidden = forward_given(vlm, given, vectors if len(vectors) else None, self.visibility, embeds)
-        likely, entropy = token_scores(vlm, hidden, given.labels, self.temperature)
+        likely, entropy = token_scores(vlm, hidden, given.labels, self.temperature, self.thinks)
         if self.latents == "gaussian" and len(vectors):
             patches = vlm.patches_of(given.input_ids, embeds, given.grid_thw)
             if patches is not None:
                 patches = patches.pick(pads.nonzero()[:, 0])
             means = vlm.feedback(hidden[:, :-1][pads[:, 1:]], patches)
             density = gaussian_log_density(vectors, means, self.noise)
-            likely = likely.masked_scatter(pads, density.to(likely.dtype))
+            likely = likely + torch.zeros_like(likely).masked_scatter(pads, density.to(likely.dtype))
         return likely, entropy
 
     # -- what TRL asks of a model ------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def token_scores(
-    vlm: LatentVLM, hidden: torch.Tensor, labels: torch.Tensor, temperature: float
+    vlm: LatentVLM, hidden: torch.Tensor, labels: torch.Tensor, temperature: float, thinks: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, T, D] states and [B, T] labels → [B, T] log-probabilities and entropies at the labels, zero elsewhere.
 
@@ -158,7 +161,7 @@ def token_scores(
     states, wanted = hidden[:, :-1][places[:, 1:]], labels[places]
 
     def score(some: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logs = (vlm.logits(some).float() / temperature).log_softmax(dim=-1)
+        logs = among(vlm, vlm.logits(some).float() / temperature, tokens, thinks).log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -(logs.exp() * logs).nan_to_num().sum(dim=-1)
         return logs.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy
@@ -173,6 +176,21 @@ def token_scores(
         return zeros, zeros
     likely, entropy = (torch.cat(each) for each in zip(*parts, strict=True))
     return zeros.masked_scatter(places, likely), zeros.masked_scatter(places, entropy)
+
+
+def among(vlm: LatentVLM, logits: torch.Tensor, tokens: torch.Tensor, thinks: bool) -> torch.Tensor:
+    """[n, V] logits, with minus infinity for what could not be chosen where [n] tokens were.
+
+    In text that is a latent, the end of a span and a picture's patch, and without `thinks` its start; where the model
+    decides whether a span goes on, all but a latent and the end.
+    """
+    pad, start, end = vlm.config.pad_id, vlm.config.start_id, vlm.config.end_id
+    shut = [pad, end, vlm.family.image_token_id, *([] if thinks else [start])]
+    text = logits.index_fill(1, torch.tensor(shut, device=logits.device), -torch.inf)
+    decides = (tokens == pad) | (tokens == end)
+    two = torch.full_like(logits, -torch.inf)
+    two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
+    return torch.where(decides.unsqueeze(1), two, text)
 
 
 def gaussian_log_density(vectors: torch.Tensor, means: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -89,16 +89,26 @@ def reward_of(name: str) -> Reward:
     def checked(trajectories: Sequence[Trajectory]) -> list[float]:
         try:
             values = list(found(trajectories))
-        except MirageError:
-            raise
+        except MirageError as fault:
+            raise MirageError(f"the reward {name!r}: {fault}") from fault
         except Exception as fault:
             raise MirageError(f"the reward {name!r} failed: {type(fault).__name__}: {fault}") from fault
         if len(values) != len(trajectories):
             raise MirageError(f"the reward {name!r} gave {len(values)} numbers for {len(trajectories)} responses")
-        for value, each in zip(values, trajectories, strict=True):
-            if isinstance(value, bool | int | float) and math.isfinite(value):
-                continue
-            raise MirageError(f"the reward {name!r} gave {value!r} for the response {each.text[:200]!r}")
-        return [float(value) for value in values]
+        return [_number(name, value, each) for value, each in zip(values, trajectories, strict=True)]
 
     return checked
+
+
+def _number(name: str, value: object, response: Trajectory) -> float:
+    """What a reward gave, of Python, NumPy or torch, as a number."""
+    if not isinstance(value, str):
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise MirageError(
+        f"the reward {name!r} gave {value!r}, which is no finite number, for the response {response.text[:200]!r}"
+    )

@@ -79,8 +79,10 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
     arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient
     metrics = MetricsFile(output / METRICS_FILE, len(examples))
     trainer = LatentGRPO(vlm, recipe, arguments, examples, rewards, callbacks=[metrics])
-    if trainer.is_fsdp_enabled:
-        raise MirageError("stage grpo decodes from whole weights, which FSDP shares out; launch it with DDP (or LoRA)")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise MirageError(
+            "stage grpo decodes from whole weights, which FSDP and DeepSpeed share out; launch it with DDP (or LoRA)"
+        )
     if last is not None and was_over(recipe, last):
         trainer.load_weights(last)  # the run was over
     else:

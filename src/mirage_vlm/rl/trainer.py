@@ -39,6 +39,8 @@ from mirage_vlm.trajectory import Trajectory
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
+FAR = 0.1  # nats between a log-probability of the engine and the trainer's own that somebody should know of
+ALIKE = 1e-6  # standard deviation of the rewards of a group below which nothing is learnt of it
 SILENT = 10  # steps without a span after which a run that is to think says so again
 
 
@@ -84,7 +86,8 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         self._rollouts: list[Rollout] = []
         self._order: list[int] = []  # numbers of the rollouts that are being scored
         self._drawn_at, self._drawn = -1, 0
-        self._spent = {"rollout": 0.0, "train": 0.0}
+        self._spent = {"rollout": 0.0, "train": 0.0}  # seconds since the last log
+        self._tokens = {"rollout": 0, "train": 0}  # of responses, in that time, of this process
         self._recorded = torch.zeros(0)  # [B, C] log-probabilities by the engine, NaN where no token was chosen
         self._entropy = [0.0, 0.0]  # summed over text tokens since the last log, and their number
         self._largest = 0.0  # difference between the engine's log-probabilities and the trainer's
@@ -151,17 +154,16 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
                 sum(map(len, spans)),
                 sum(len(each.latents) for each in made),
                 sum(norms),
-                sum(len(each.completion) for each in made),
             ],
             dtype=torch.float64,
             device=self.accelerator.device,
         )
-        count, thinking, opened, latents, norm, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        count, thinking, opened, latents, norm = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._note("latent_rate", thinking / count)
         self._note("spans", opened / count)
         self._note("latents", latents / count)
         self._note("latent_norm", norm / max(latents, 1))
-        self._note("rollout_tokens", tokens)
+        self._tokens["rollout"] += sum(len(each.completion) for each in made)
         if self.rl.spans == "required":
             self._insist(thinking > 0, int(count))
 
@@ -183,6 +185,15 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
                 stacklevel=2,
             )
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's step, [responses of all processes, rewards], and how far the responses of a group are apart."""
+        found = super()._calculate_rewards(*args, **kwargs)
+        worth = (found * self.reward_weights.to(found.device)).nansum(dim=1)
+        spread = worth.view(-1, self.num_generations).std(dim=1)
+        self._note("group_std", float(spread.mean()))
+        self._note("groups_without_signal", float((spread < ALIKE).float().mean()))
+        return found
+
     # -- log-probabilities -------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -194,8 +205,11 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         began = time.perf_counter()
         self._order = inputs["rollout"].tolist()
         padding = inputs["completion_mask"] == 0
+        if self.rl.latents == "gaussian":  # a density has no record
+            padding |= inputs["completion_ids"] == self.vlm.config.pad_id
         self._recorded = inputs["sampling_per_token_logps"].masked_fill(padding, torch.nan)
         loss = super()._compute_loss(model, inputs)
+        self._tokens["train"] += int(inputs["completion_mask"].sum())
         self._spent["train"] += time.perf_counter() - began
         return loss
 
@@ -240,12 +254,23 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
         return logps, torch.cat(entropy), None
 
     def _observe(self, logps: torch.Tensor, entropy: torch.Tensor) -> None:
-        """Of the policy that is trained: its entropy, and how far it is from what the engine recorded."""
+        """Of the policy that is trained: its entropy, and how far it is from what the engine recorded.
+
+        Raises:
+            MirageError: its log-probabilities are not numbers.
+        """
         text = ~self._recorded.isnan()
         self._entropy[0] += float(entropy[text].sum())
         self._entropy[1] += int(text.sum())
         updated = self._step // self.args.steps_per_generation % self.num_iterations > 0  # since the rollout
-        if not updated and bool(text.any()):
+        if not bool(text.any()):
+            return
+        if not bool(logps[text].isfinite().all()):
+            raise MirageError(
+                f"step {self.state.global_step}: the policy's log-probabilities are not finite; the weights have gone "
+                "out of bounds (lower the learning rate), or float16 is too narrow for them"
+            )
+        if not updated:
             self._largest = max(self._largest, float((logps - self._recorded)[text].abs().max()))
 
     # -- logs, and what is TRL's and not wanted ----------------------------------------------------------------
@@ -255,18 +280,30 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the engine and the trainer came to since the last log."""
-        tokens = sum(self._metrics["train"].pop("rollout_tokens", []))
-        if tokens and "train_runtime" not in logs:
-            largest = torch.tensor([self._largest], device=self.accelerator.device)
-            self._note("rollout_logprob_max_abs_diff", float(self.accelerator.gather(largest).max()))
-            sums = torch.tensor(self._entropy, dtype=torch.float64, device=self.accelerator.device)
-            entropy, number = self.accelerator.reduce(sums, reduction="sum").tolist()
-            self._note("text_entropy", entropy / max(number, 1))
-            for part, seconds in self._spent.items():
-                self._note(f"{part}_seconds", seconds)
-                self._note(f"{part}_tokens_per_second", tokens / max(seconds, 1e-9))
+        if any(self._spent.values()) and "train_runtime" not in logs:
+            sums = torch.tensor(
+                [*self._entropy, *self._tokens.values()], dtype=torch.float64, device=self.accelerator.device
+            )
+            entropy, number, *tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+            if number:
+                self._note("text_entropy", entropy / number)
+            if tokens[0]:  # there were rollouts
+                largest = torch.tensor([self._largest], device=self.accelerator.device)
+                apart = float(self.accelerator.gather(largest).max())
+                self._note("rollout_logprob_max_abs_diff", apart)
+                if apart > FAR:
+                    warnings.warn(
+                        f"step {self.state.global_step}: engine and trainer differ by {apart:.2f} nats on a token; in "
+                        "half precision they round differently, and the ratio of probabilities is the trainer's alone",
+                        stacklevel=2,
+                    )
+            for (part, seconds), count in zip(self._spent.items(), tokens, strict=True):
+                if count:
+                    self._note(f"{part}_seconds", seconds)
+                    self._note(f"{part}_tokens_per_second", count / max(seconds, 1e-9))
             self._largest, self._entropy = 0.0, [0.0, 0.0]
             self._spent = dict.fromkeys(self._spent, 0.0)
+            self._tokens = dict.fromkeys(self._tokens, 0)
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
@@ -299,7 +336,7 @@ def policy_of(vlm: LatentVLM, recipe: Recipe) -> Policy:
     """A model as the policy of a recipe."""
     rl = recipe.rl
     assert rl is not None
-    return Policy(vlm, rl.latents, rl.temperature, rl.latent_noise, recipe.train.visibility)
+    return Policy(vlm, rl.latents, rl.temperature, rl.latent_noise, recipe.train.visibility, rl.spans != "none")
 
 
 def batch_of(rollouts: Sequence[Rollout], vlm: LatentVLM) -> dict[str, Any]:

@@ -7,6 +7,7 @@ file, the line and the key. `key=value` overrides use dots: `train.max_steps=50 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +177,7 @@ class RLRecipe:
 
     Attributes:
         n: responses to each prompt, among which the advantage is taken. `train.batch_size` counts responses; times
-            `accumulate` and processes it must be a multiple of n.
+            `accumulate` it must be a multiple of n.
         latents: what stands at the latent positions while the policy's log-probabilities are computed: `replay` (the
             vectors of the rollout), `reroll` (the policy's own, with gradient), or `gaussian` (the vectors, which were
             drawn around what the policy feeds back and whose density is part of the policy).
@@ -349,6 +350,14 @@ def check_rl(
         require(getattr(rl, name) > 0, f"rl.{name}", "must be positive")
     require(rl.kl >= 0, "rl.kl", "must not be negative")
     require(bool(rl.rewards), "rl.rewards", "give at least one")
+    names = [reward.name for reward in rl.rewards]
+    require(len(set(names)) == len(names), "rl.rewards", "each reward counts once; add up the weights of the same ones")
+    require(all(math.isfinite(reward.weight) for reward in rl.rewards), "rl.rewards", "weights must be finite numbers")
+    whole = train.save_every % rl.updates == 0
+    require(whole, "train.save_every", "must be a multiple of rl.updates: a run resumes with new responses")
+    dropout = recipe.model.lora is not None and recipe.model.lora.dropout > 0
+    require(not dropout, "model.lora.dropout", "must be 0 in stage grpo, else engine and trainer would disagree")
+    require(recipe.loss == LossRecipe(), "loss", "is of the other stages; leave it out")
     wants = rl.latents == "gaussian"
     require((rl.latent_noise > 0) == wants, "rl.latent_noise", "must be positive with gaussian latents, and 0 without")
     require(not (wants and rl.spans == "none"), "rl.latents", "there are no latents where rl.spans is none")
