@@ -36,6 +36,11 @@ class Line:
         mean, low, high = over_seeds(self.right().tolist())
         return mean, max(0.0, low), min(1.0, high)
 
+    def optimal(self) -> float | None:
+        """Share of right plans as short as can be, in percent; None where answers are no plans."""
+        shares = [share for run in self.runs if (share := run.results["optimal_rate"]) is not None]
+        return 100 * sum(shares) / len(shares) if shares else None
+
     def mean(self, replacement: str) -> float:
         """Accuracy in percent, without its interval."""
         return 100 * float(self.right(replacement).mean())
@@ -90,19 +95,26 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     if study.summary:
         head += [study.summary.strip(), ""]
     further = "".join(f"; {each.name}: {_about(each)}" for each in study.also)
+    plans = any(line.optimal() is not None for line in done)
+    columns = _columns(study, "accuracy")
+    if plans:
+        columns.insert(2, "optimal")
+    shortest = "; optimal: right in the fewest moves" if plans else ""
     parts = [
         *head,
         f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
-        "the seeds, with a 95 % interval over seeds and maps (over maps alone where there is one seed).",
+        f"the seeds, with a 95 % interval over seeds and maps (over maps alone where there is one seed){shortest}.",
         "",
-        _header("base", "row", "helper image", "seeds", "maps", "steps", "seconds", *_columns(study, "accuracy")),
+        _header("base", "row", "helper image", "seeds", "maps", "steps", "seconds", *columns),
     ]
     also = [{line.row.name: line for line in lines(study, each)} for each in study.also]
     for line in done:
         run = line.runs[0]
         about = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
-        shown = [_accuracy(found) for found in (line, *(others.get(line.row.name) for others in also))]
-        parts.append(_cells(*about, f"{line.seconds():,.0f}", *chain(*shown)))
+        shown = [*chain(*map(_accuracy, (line, *(others.get(line.row.name) for others in also))))]
+        if plans:
+            shown.insert(2, "–" if (share := line.optimal()) is None else f"{share:.1f}")
+        parts.append(_cells(*about, f"{line.seconds():,.0f}", *shown))
     parts += _differences(study, {line.row.name: line for line in done}, also)
     parts += _replaced(done)
     parts += ["", _header("row", "what it is"), *(_cells(line.row.name, line.row.about) for line in done)]
@@ -110,7 +122,9 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
 
 
 def _about(test: Test) -> str:
-    return f"{test.n} held-out `{test.task}` maps of sides {', '.join(map(str, test.levels))}"
+    levels = ", ".join(map(str, test.levels))
+    what = "maps of sides" if test.task.startswith("vsp-") else "examples of levels"
+    return f"{test.n} held-out `{test.task}` {what} {levels}"
 
 
 def _cells(*cells: object) -> str:
