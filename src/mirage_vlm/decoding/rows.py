@@ -311,7 +311,7 @@ class Chooser:
             two = torch.full_like(choice, -torch.inf)
             two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
             choice = torch.where(asks.unsqueeze(1), two, choice)
-        open_ = choice
+        possible = choice
         found = choice.argmax(dim=-1)
         if self.sampled:
             if self.restricted:
@@ -321,5 +321,5 @@ class Chooser:
         if not self.scored:
             return found, None
         said = found if forced is None else torch.where(forced >= 0, forced, found)
-        chance = open_.log_softmax(dim=-1).gather(1, said.unsqueeze(1)).squeeze(1)
+        chance = possible.log_softmax(dim=-1).gather(1, said.unsqueeze(1)).squeeze(1)
         return found, torch.where(chooses, chance, torch.nan)
