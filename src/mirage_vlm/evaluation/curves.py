@@ -68,5 +68,5 @@ def curve_figure(study: Study, metric: str) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel(metric)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
