@@ -23,7 +23,7 @@ from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
 from mirage_vlm.decoding.response import Event, Response
 from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
-from mirage_vlm.decoding.sampling import normals
+from mirage_vlm.decoding.sampling import never_said, normals
 from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Message, Trajectory
 
@@ -68,8 +68,7 @@ class Engine:
         self.active: list[Response] = []
         self.rows: Rows | None = None
         self.stops = torch.tensor(sorted(vlm.stop_ids()), device=self.device)
-        latent = vlm.config
-        self.banned = torch.tensor([latent.pad_id, latent.end_id, vlm.family.image_token_id], device=self.device)
+        self.banned = torch.tensor(never_said(vlm), device=self.device)
         self._requests, self._responses = count(), count()
         self._cancelled: set[int] = set()
         self._plan: Plan | NativePlan | None = None

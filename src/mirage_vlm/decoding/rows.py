@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mirage_vlm.decoding.sampling import allowed, draw, uniforms
+from mirage_vlm.decoding.sampling import allowed, draw, more_or_end, uniforms
 from mirage_vlm.modeling.feedback import Patches
 
 if TYPE_CHECKING:
@@ -308,9 +308,7 @@ class Chooser:
             shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
             choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
         if asks is not None:
-            two = torch.full_like(choice, -torch.inf)
-            two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
-            choice = torch.where(asks.unsqueeze(1), two, choice)
+            choice = torch.where(asks.unsqueeze(1), more_or_end(logits, pad, end), choice)
         possible = choice
         found = choice.argmax(dim=-1)
         if self.sampled:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 # splitmix64 (Steele, Lea and Flood 2014), in wrapping 64-bit arithmetic
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -66,3 +71,15 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     total = heaped[:, -1]
     mark = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return (heaped <= mark.unsqueeze(1)).sum(dim=-1)
+
+
+def never_said(vlm: LatentVLM) -> list[int]:
+    """Tokens that cannot be chosen in text: a latent, the end of a span, a picture's patch."""
+    return [vlm.config.pad_id, vlm.config.end_id, vlm.family.image_token_id]
+
+
+def more_or_end(logits: torch.Tensor, pad: int, end: int) -> torch.Tensor:
+    """[n, V] logits where the model decides whether a span goes on: minus infinity for all but a latent and the end."""
+    two = torch.full_like(logits, -torch.inf)
+    two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
+    return two

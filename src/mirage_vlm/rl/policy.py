@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mirage_vlm.decoding.sampling import more_or_end, never_said
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.training.own import forward_own
 from mirage_vlm.training.rollout import Batch, forward_given
@@ -185,12 +186,10 @@ def among(vlm: LatentVLM, logits: torch.Tensor, tokens: torch.Tensor, thinks: bo
     decides whether a span goes on, all but a latent and the end.
     """
     pad, start, end = vlm.config.pad_id, vlm.config.start_id, vlm.config.end_id
-    shut = [pad, end, vlm.family.image_token_id, *([] if thinks else [start])]
+    shut = [*never_said(vlm), *([] if thinks else [start])]
     text = logits.index_fill(1, torch.tensor(shut, device=logits.device), -torch.inf)
     decides = (tokens == pad) | (tokens == end)
-    two = torch.full_like(logits, -torch.inf)
-    two[:, pad], two[:, end] = logits[:, pad], logits[:, end]
-    return torch.where(decides.unsqueeze(1), two, text)
+    return torch.where(decides.unsqueeze(1), more_or_end(logits, pad, end), text)
 
 
 def gaussian_log_density(vectors: torch.Tensor, means: torch.Tensor, sigma: float) -> torch.Tensor:
