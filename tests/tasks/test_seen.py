@@ -1,6 +1,7 @@
 """The tasks that tell a model what there is to see, patch by patch."""
 
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,13 @@ def test_but_for_the_readings_the_examples_are_those_of_the_task(name):
     seen, plain = get_task(f"{name}-seen"), get_task(name)
     for style in seen.styles:
         one, other = (task.make(random.Random(3), 2, style, CELL) for task in (seen, plain))
-        assert one.task == name and one.text == other.text and one.meta == other.meta
+        assert one.task == name and one.meta == other.meta
+        if style == "words" and name != "geometry":
+            before, thought = other.text.split("<think>")
+            assert one.text.startswith(f"{before}<think>") and one.text.endswith(f". {thought}")
+            assert len(one.text) > len(other.text) + 20
+        else:
+            assert one.text == other.text
         for a, b in zip(one.images(), other.images(), strict=True):
             assert b.reading is None and (np.asarray(a.load()) == np.asarray(b.load())).all()
             assert len(a.reading) == (a.load().size[0] // CELL) ** 2 and all(word[0] == " " for word in a.reading)
@@ -124,3 +131,39 @@ def test_things_are_named_where_they_are_seen():
                         patch[..., main] - patch[..., other] > 40
                     ).sum() >= 4  # of 256; the least that is named is 15
     assert min(counts.values()) > 10
+
+
+def test_a_thought_in_words_begins_with_what_meets_the_edges():
+    for level in (1, 2, 3):
+        fits = []
+        for i in range(40):
+            example = get_task("jigsaw-seen").make(random.Random(i), level, "words", CELL)
+            edges, *pieces = re.findall(r"(?:Edges|Second|Third): ([a-z ,]+)\.", example.text)
+            edges, *pieces = ([words.split() for words in told.split(", ")] for told in (edges, *pieces))
+            assert all([len(side) for side in told] == [4, 4] for told in (edges, *pieces))
+            alike = [
+                sum(a == b for x, y in zip(edges, piece, strict=True) for a, b in zip(x, y, strict=True))
+                for piece in pieces
+            ]
+            right = "AB".index(example.answer)
+            fits.append(0.5 if alike[0] == alike[1] else float(alike[right] > alike[1 - right]))
+        assert sum(fits) / len(fits) > 0.75, "the piece that fits goes on in the colours of the photo"
+
+
+def test_a_thought_in_words_begins_with_where_the_things_are():
+    sides, moved = [], []
+    for i in range(80):
+        example = get_task("sat-seen").make(random.Random(i), 1, "words", CELL)
+        told = re.search(r"<think>Places: ([^.]+)\.", example.text)[1].split("; then ")
+        assert len(told) == len(list(example.images()))
+        places = [
+            {name: (int(x), int(y)) for name, x, y in re.findall(r"([a-z ]+) (\d+) (\d+)(?:, )?", one)} for one in told
+        ]
+        assert all(0 <= at < 16 for one in places for spot in one.values() for at in spot)
+        if way := re.search(r"turn to the (left|right)", example.text):
+            (thing,) = re.findall(r"look straight at the ([a-z ]+)\.", example.messages[0].segments[-1].text)
+            sides.append((places[0][thing][0] < 8) == (way[1] == "left"))
+        if way := re.search(r"So the ([a-z ]+) moved (left|right)", example.text):
+            (before, _), (after, _) = (one[way[1]] for one in places)
+            moved.append((after < before) == (way[2] == "left"))
+    assert len(sides) > 8 and len(moved) > 2 and all(sides) and all(moved)

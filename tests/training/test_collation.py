@@ -100,6 +100,18 @@ def test_sources_follow_one_another():
     assert found == [("vsp-planning", 3)] * 4 + [("vsp-perception", level) for level in (4, 5, 4)] + [(None, None)]
 
 
+def test_a_source_can_count_several_times(tiny):
+    answers = ["up", "left, right", "up, down, left"]
+    sources = [[dialogue(["Go"], [answer]) for answer in answers[:2]], [dialogue(["Go"], [answers[2]])]]
+    examples = Examples(sources, [3, 1])
+    assert [examples[i].text for i in range(len(examples))] == answers[:2] * 3 + answers[2:]
+    assert [examples.first(i) for i in range(len(examples))] == [0, 1, 0, 1, 0, 1, 6]
+    sizes = list(examples.sizes)
+    assert sizes[:2] * 3 == sizes[:6]
+    kept = Kept(examples, tiny.encoder, targets=False, room=1e9)
+    assert kept[0] is kept[2] is kept[4] and kept[1] is kept[5] and len(kept.made) == 2
+
+
 def test_sizes_tell_long_examples_from_short_ones():
     written = [dialogue(["Go"], [answer]) for answer in ("up", "up, down", "up, down, up, down, left")]
     direct, cot = (GeneratedDataset("vsp-planning", [3, 6], 40, style=style) for style in ("direct", "cot"))

@@ -165,10 +165,16 @@ class Encoder:
             patches, places = places[: height * width], places[height * width :]
             if image.reading is None:
                 continue
-            ids = [self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in image.reading]
-            if len(ids) != len(patches) or any(len(word) != 1 for word in ids):
-                raise MirageError(f"the reading of {image} must be one token for each of its {len(patches)} patches")
-            labels[patches + 1] = torch.tensor(ids).flatten()
+            known = {word: self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in set(image.reading)}
+            longer = next((word for word, ids in known.items() if len(ids) != 1), None)
+            if len(image.reading) != len(patches) or longer is not None:
+                fault = (
+                    f"{len(image.reading)} words" if longer is None else f"{longer!r} is {len(known[longer])} tokens"
+                )
+                raise MirageError(
+                    f"the reading of {image} must be one token for each of its {len(patches)} patches: {fault}"
+                )
+            labels[patches + 1] = torch.tensor([known[word][0] for word in image.reading])
 
     def check_span(self, span: LatentSpan, trajectory: Trajectory) -> None:
         """Whether a span can be trained on, from the size of its helper image alone.

@@ -100,8 +100,8 @@ def open_examples(recipe: Recipe) -> Examples:
     rl = recipe.rl
     assert rl is not None
     checked = any(each.name in ("accuracy", "optimality") for each in rl.rewards)
-    sources = []
-    for source in all_sources(recipe.data):
+    sources, named = [], all_sources(recipe.data)
+    for source in named:
         found = open_source(source, responses=False)
         sources.append(found)
         if not checked or isinstance(found, GeneratedDataset):
@@ -111,4 +111,4 @@ def open_examples(recipe: Recipe) -> Examples:
                 score(example)
             except MirageError as fault:
                 raise MirageError(f"{source.path}:{i}: {fault}") from fault
-    return Examples(sources)
+    return Examples(sources, [source.repeat for source in named])

@@ -1,7 +1,8 @@
 """`geometry-seen`, `jigsaw-seen`, `sat-seen`: the examples of those tasks, and beside the answer what there is to see.
 
 For training a model that is yet to see: the prompt's pictures bear a `reading`, a word for each merged patch, which the
-decoder learns to say at the patch itself. A base that is told so much in place takes far fewer examples to see.
+decoder learns to say at the patch itself. A base that is told so much in place takes far fewer examples to see. In the
+style `words` a thought begins with what of it the question is about: where the things are, what meets the edges.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from mirage_vlm.tasks.figures import KINDS
 from mirage_vlm.tasks.frozenlake import cell_name
 from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.jigsaw import JIGSAW
-from mirage_vlm.tasks.rooms import Pose, Scene, after, later, outline
+from mirage_vlm.tasks.rooms import Pose, Scene, after, later, name_of, outline
 from mirage_vlm.tasks.sat import PIXELS, SAT
-from mirage_vlm.trajectory import Image, Message, Trajectory
+from mirage_vlm.trajectory import Image, Message, Text, Trajectory
 
 Rows = list[list[str]]
 Reader = Callable[[Trajectory, random.Random], list[Rows]]  # a word for each patch of each picture of the prompt
+Noter = Callable[[Trajectory], str]  # what a thought in words begins with
+
+THINK = "<think>"
 
 NAMED = 0.2  # of the examples: patches are called by their place, r1c2
 LEAST = 0.06  # of a patch: what is smaller is not named
 GRAIN = 16  # pixels a side of a patch that a thing is looked for in
+STEPS = 16  # of a picture's side, in which places are told
+SEAM = 8  # pixels along a cut that a colour is told of, and their depth
 PALETTE = {
     "red": (200, 50, 45),
     "orange": (230, 140, 40),
@@ -52,23 +58,24 @@ class Seen(Task):
     Args:
         task: which; its prompts, its checker, its split.
         read: the words for an example's pictures.
+        note: what a thought in words begins with; None: as the task has it.
     """
 
     styles = ("direct", "cot", "words", "plain")
 
-    def __init__(self, task: Task, read: Reader):
-        self.task, self.read = task, read
+    def __init__(self, task: Task, read: Reader, note: Noter | None = None):
+        self.task, self.read, self.note = task, read, note
         self.name, self.sizes, self.usual = f"{task.name}-seen", task.sizes, task.usual
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
-        return self._told(self.task.make(rng, level, style, cell), rng)
+        return self._told(self.task.make(rng, level, style, cell), rng, style)
 
     def make_in(
         self, split: Split, rng: random.Random, level: int, style: str = "direct", cell: int = 64
     ) -> Trajectory:
         self.check_style(style)
-        return self._told(self.task.make_in(split, rng, level, style, cell), rng)
+        return self._told(self.task.make_in(split, rng, level, style, cell), rng, style)
 
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
         self.check_style(style)
@@ -80,7 +87,8 @@ class Seen(Task):
     def score(self, trajectory: Trajectory) -> Score:
         return self.task.score(trajectory)
 
-    def _told(self, example: Trajectory, rng: random.Random) -> Trajectory:
+    def _told(self, example: Trajectory, rng: random.Random, style: str) -> Trajectory:
+        note = THINK + self.note(example) + " " if self.note is not None and style == "words" else ""
         pictures = self.read(example, rng)
         if rng.random() < NAMED:
             pictures = [
@@ -91,7 +99,11 @@ class Seen(Task):
             replace(
                 message,
                 segments=tuple(
-                    replace(segment, reading=next(readings)) if isinstance(segment, Image) else segment
+                    replace(segment, reading=next(readings))
+                    if isinstance(segment, Image)
+                    else replace(segment, text=segment.text.replace(THINK, note or THINK))
+                    if isinstance(segment, Text)
+                    else segment
                     for segment in message.segments
                 ),
             )
@@ -110,11 +122,35 @@ def read_colours(example: Trajectory, rng: random.Random) -> list[Rows]:
     return [_colours(image.load(), count) for image, count in zip(example.images(), (4, 2, 2), strict=True)]
 
 
-def _colours(picture: PIL.Image.Image, count: int) -> Rows:
-    small = np.asarray(picture.convert("RGB").resize((count, count), PIL.Image.Resampling.BOX), np.int64)
+def note_seams(example: Trajectory) -> str:
+    """The colours along the hole's two edges in the photo, then along those of the two candidates, four an edge."""
+    hole, *pieces = (
+        _pixels(image.load(), 2 * SEAM * count) for image, count in zip(example.images(), (4, 2, 2), strict=True)
+    )
+    middle = len(hole) // 2
+    around = [hole[middle - SEAM : middle, middle:], hole[middle:, middle - SEAM : middle].swapaxes(0, 1)]
+    edges = [around, *([piece[:SEAM], piece[:, :SEAM].swapaxes(0, 1)] for piece in pieces)]
+    told = [", ".join(" ".join(_along(strip)) for strip in strips) for strips in edges]
+    return f"Edges: {told[0]}. Second: {told[1]}. Third: {told[2]}."
+
+
+def _along(strip: np.ndarray[Any, Any]) -> list[str]:
+    """[SEAM, n · SEAM, 3] → n names of colours."""
+    return _named(strip.reshape(SEAM, -1, SEAM, 3).mean(axis=(0, 2)))
+
+
+def _pixels(picture: PIL.Image.Image, side: int) -> np.ndarray[Any, Any]:
+    return np.asarray(picture.convert("RGB").resize((side, side), PIL.Image.Resampling.BOX), np.int64)
+
+
+def _named(colours: np.ndarray[Any, Any]) -> list[str]:
+    """[n, 3] → the nearest names."""
     names, tones = list(PALETTE), np.array(list(PALETTE.values()))  # [13, 3]
-    gaps = ((small[:, :, None] - tones) ** 2).sum(axis=-1)  # [count, count, 13]
-    return [[names[i] for i in row] for row in gaps.argmin(axis=-1)]
+    return [names[i] for i in ((colours[:, None] - tones) ** 2).sum(axis=-1).argmin(axis=-1)]
+
+
+def _colours(picture: PIL.Image.Image, count: int) -> Rows:
+    return [_named(row) for row in _pixels(picture, count)]
 
 
 def read_things(example: Trajectory, rng: random.Random) -> list[Rows]:
@@ -122,10 +158,29 @@ def read_things(example: Trajectory, rng: random.Random) -> list[Rows]:
     scene: Scene = example.meta["scene"]
     word = rng.choice(("colour", "shape"))
     names = ["none", *(thing[word] for thing in scene["things"])]
+    return [_things(ids, names) for ids in _outlines(scene)]
+
+
+def note_places(example: Trajectory) -> str:
+    """Where the middle of each thing is in each picture, across and down, in sixteenths of its side."""
+    scene: Scene = example.meta["scene"]
+    told = []
+    for ids in _outlines(scene):
+        places = []
+        for i in range(len(scene["things"])):
+            down, across = (ids == i + 1).nonzero()
+            if len(across) >= LEAST * GRAIN**2:
+                x, y = (int(STEPS * (where.mean() + 0.5) / len(ids)) for where in (across, down))
+                places.append(f"{name_of(scene, i)} {x} {y}")
+        told.append(", ".join(places))
+    return f"Places: {'; then '.join(told)}."
+
+
+def _outlines(scene: Scene) -> list[np.ndarray[Any, Any]]:
     views = [(scene, Pose(*scene["camera"]))]
     if "then" in scene:
         views.append((after(scene), later(scene)))
-    return [_things(outline(shown, pose, PIXELS * GRAIN).ids, names) for shown, pose in views]
+    return [outline(shown, pose, PIXELS * GRAIN).ids for shown, pose in views]
 
 
 def _things(ids: np.ndarray[Any, Any], names: Sequence[str]) -> Rows:
@@ -135,4 +190,8 @@ def _things(ids: np.ndarray[Any, Any], names: Sequence[str]) -> Rows:
     return [[names[i] for i in row] for row in counts.argmax(axis=0)]
 
 
-SEEN = tuple(Seen(task, read) for task, read in ((GEOMETRY, read_figure), (JIGSAW, read_colours), (SAT, read_things)))
+SEEN = (
+    Seen(GEOMETRY, read_figure),
+    Seen(JIGSAW, read_colours, note_seams),
+    Seen(SAT, read_things, note_places),
+)

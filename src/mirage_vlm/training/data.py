@@ -32,11 +32,18 @@ WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Examples(Dataset[Trajectory]):
-    """Several sources one after the other."""
+    """Several sources one after the other.
 
-    def __init__(self, sources: Sequence[Sequence[Trajectory]]):
+    Args:
+        repeats: how many times each counts; once by default.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Trajectory]], repeats: Sequence[int] | None = None):
         self.sources = list(sources)
-        self.ends = list(itertools.accumulate(len(source) for source in self.sources))
+        times = [1] * len(self.sources) if repeats is None else repeats
+        self.ends = list(
+            itertools.accumulate(len(source) * count for source, count in zip(self.sources, times, strict=True))
+        )
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -53,7 +60,16 @@ class Examples(Dataset[Trajectory]):
     def place(self, index: int) -> tuple[Sequence[Trajectory], int]:
         """The source that an example is of, and its number there."""
         which = bisect.bisect_right(self.ends, index)
-        return self.sources[which], index - (self.ends[which - 1] if which else 0)
+        source = self.sources[which]
+        return source, (index - self._begin(which)) % len(source)
+
+    def first(self, index: int) -> int:
+        """The first index of the same example, where its source counts several times."""
+        which = bisect.bisect_right(self.ends, index)
+        return self._begin(which) + (index - self._begin(which)) % len(self.sources[which])
+
+    def _begin(self, which: int) -> int:
+        return self.ends[which - 1] if which else 0
 
 
 class Kept(Dataset[Encoded]):
@@ -79,6 +95,7 @@ class Kept(Dataset[Encoded]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Encoded:
+        index = self.examples.first(index)
         if (kept := self.made.get(index)) is not None:
             return kept
         example = self.encoder.example(self.examples[index], targets=self.targets)
@@ -102,6 +119,7 @@ class Sizes:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> int:
+        index = self.examples.first(index)
         if index not in self.known:
             source, i = self.examples.place(index)
             cells = source.levels[i % len(source.levels)] ** 2 if isinstance(source, GeneratedDataset) else 0

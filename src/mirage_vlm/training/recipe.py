@@ -50,6 +50,7 @@ class DataRecipe:
         path: a file of `mirage data make`, the reference implementation's format, or a datasets folder; or a pattern
             for several, such as `data/*/train.jsonl`.
         task, levels, n, seed, style: a generated source; see `mirage_vlm.tasks.make.GeneratedDataset`.
+        repeat: how many times each example counts in an epoch, where sources are to be mixed.
     """
 
     path: str | None = None
@@ -58,6 +59,7 @@ class DataRecipe:
     n: int = 1000
     seed: int = 0
     style: str = "direct"
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,7 @@ def check(recipe: Recipe, where: Where) -> None:
     for i, source in enumerate(recipe.data):
         require((source.path is None) != (source.task is None), f"data[{i}]", "give one of path and task")
         require(source.n > 0, f"data[{i}].n", "must be positive")
+        require(source.repeat > 0, f"data[{i}].repeat", "must be positive")
     for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
         require(getattr(train, name) > 0, f"train.{name}", "must be positive")
     require(train.learning_rate > 0, "train.learning_rate", "must be positive")

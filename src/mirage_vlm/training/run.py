@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     with together(arguments.device):
         last = newest_checkpoint(output, resume)
         sources = all_sources(recipe.data)
-        examples = Examples([open_source(source) for source in sources])
+        examples = Examples([open_source(source) for source in sources], [source.repeat for source in sources])
         if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
         set_seed(recipe.train.seed)
