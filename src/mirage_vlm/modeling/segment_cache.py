@@ -11,7 +11,7 @@ the graph would keep a copy of the whole past for every latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
+
+NARROW = 8  # columns; what a pass of so many keeps for the backward pass is little, and to run it again is not
 
 
 class _Buffer:
@@ -117,7 +119,8 @@ def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
     """Within, decoder layers that have gradient checkpointing on are checkpointed with their cache kept.
 
     Only valid with a `SegmentCache`. Non-reentrant checkpointing is used, since keys and values leave the layer
-    beside its output.
+    beside its output. Passes of at most `NARROW` columns, as a latent is, are not run again: on a card they take as
+    long as their kernels take to launch, and keep as much as so many tokens do without checkpointing.
     """
     layers = [
         layer for layer in language_model.layers if layer.training and getattr(layer, "gradient_checkpointing", False)
@@ -125,7 +128,7 @@ def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
     outer = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.gradient_checkpointing = False
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(_checkpointed, layer.forward)
     try:
         yield
     finally:
@@ -135,3 +138,10 @@ def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+def _checkpointed(forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **told: Any) -> Any:
+    """A layer's forward of [B, L, D]."""
+    if hidden.shape[1] <= NARROW:
+        return forward(hidden, *args, **told)
+    return checkpoint(forward, hidden, *args, use_reentrant=False, **told)

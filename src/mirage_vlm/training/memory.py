@@ -137,7 +137,8 @@ def _activations(config: Any, recipe: Recipe, used: int, stored: int, tokens: in
     between = stored * width + (used * keys if recipe.stage == "stage2" else 0)
     outside = 14 * width  # embeddings, final norm
     if recipe.train.gradient_checkpointing:
-        return config.num_hidden_layers * between + layer + outside
+        latents = (recipe.model.latent_size or 4) if recipe.stage == "stage2" else 0  # of a row; they are not run again
+        return config.num_hidden_layers * (between + layer * latents // tokens) + layer + outside
     if recipe.stage == "stage2" and heads > config.num_key_value_heads:  # once more for each latent, half a row of them
         layer += (recipe.model.latent_size or 4) * used * width
     return config.num_hidden_layers * layer + outside
