@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -217,14 +217,16 @@ def figure(study: Study) -> Figure:
         mean, low, high = (100 * value for value in line.accuracy())
         axes.barh(y, mean, height=0.62, color="#c9ccd1" if line.row.helper != "both" else "#e6e7ea")
         axes.errorbar(mean, y, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]], color=SELF, capsize=3)
-        inside: dict[str, Any] = {
-            "xytext": (-6, 0),
-            "textcoords": "offset points",
-            "ha": "right",
-            "va": "center",
-            "fontsize": 9,
-        }
-        axes.annotate(f"{mean:.1f}", (low, y), **inside)  # where no diamond can be
+        left = low > 12  # where no diamond can be; a short bar has no room for it
+        axes.annotate(
+            f"{mean:.1f}",
+            (low if left else high, y),
+            xytext=(-6 if left else 6, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=9,
+        )
         if (best := line.best_empty()) is not None:
             axes.plot(line.mean(best), y, "o", color=EMPTY)
         if "oracle" in line.replacements():
