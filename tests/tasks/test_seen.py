@@ -138,13 +138,15 @@ def test_a_thought_in_words_begins_with_what_meets_the_edges():
         fits = []
         for i in range(40):
             example = get_task("jigsaw-seen").make(random.Random(i), level, "words", CELL)
-            edges, *pieces = re.findall(r"(?:Edges|Second|Third): ([a-z ,]+)\.", example.text)
-            edges, *pieces = ([words.split() for words in told.split(", ")] for told in (edges, *pieces))
-            assert all([len(side) for side in told] == [4, 4] for told in (edges, *pieces))
-            alike = [
-                sum(a == b for x, y in zip(edges, piece, strict=True) for a, b in zip(x, y, strict=True))
-                for piece in pieces
-            ]
+            edges, *counts = re.search(
+                r"<think>Edges: ([a-z ,]+)\. Second (\d), third (\d)\. I ", example.text
+            ).groups()
+            met = [words.split() for words in edges.split(", ")]
+            assert len(met) == 8 and all({*colours} <= {*PALETTE} for *colours, _ in met)
+            said = [("second" if a == b else "") + ("third" if a == c else "") for a, b, c, _ in met]
+            assert [who for *_, who in met] == [{"secondthird": "both", "": "none"}.get(who, who) for who in said]
+            alike = [sum(part in who for who in said) for part in ("second", "third")]
+            assert alike == list(map(int, counts))
             right = "AB".index(example.answer)
             fits.append(0.5 if alike[0] == alike[1] else float(alike[right] > alike[1 - right]))
         assert sum(fits) / len(fits) > 0.75, "the piece that fits goes on in the colours of the photo"

@@ -123,15 +123,25 @@ def read_colours(example: Trajectory, rng: random.Random) -> list[Rows]:
 
 
 def note_seams(example: Trajectory) -> str:
-    """The colours along the hole's two edges in the photo, then along those of the two candidates, four an edge."""
+    """What meets at the hole's two edges, four times above and four times to the left: the photo's colour, those of the
+    two candidates and which of them is the same; then how often each was.
+    """
     hole, *pieces = (
         _pixels(image.load(), 2 * SEAM * count) for image, count in zip(example.images(), (4, 2, 2), strict=True)
     )
     middle = len(hole) // 2
     around = [hole[middle - SEAM : middle, middle:], hole[middle:, middle - SEAM : middle].swapaxes(0, 1)]
     edges = [around, *([piece[:SEAM], piece[:, :SEAM].swapaxes(0, 1)] for piece in pieces)]
-    told = [", ".join(" ".join(_along(strip)) for strip in strips) for strips in edges]
-    return f"Edges: {told[0]}. Second: {told[1]}. Third: {told[2]}."
+    return compare(*([name for strip in strips for name in _along(strip)] for strips in edges))
+
+
+def compare(photo: Sequence[str], second: Sequence[str], third: Sequence[str]) -> str:
+    """Names of colours that meet, and which candidate has the photo's."""
+    same = [(a == b, a == c) for a, b, c in zip(photo, second, third, strict=True)]
+    says = {(True, True): "both", (True, False): "second", (False, True): "third", (False, False): "none"}
+    met = (f"{a} {b} {c} {says[who]}" for a, b, c, who in zip(photo, second, third, same, strict=True))
+    counts = [sum(each) for each in zip(*same, strict=True)]
+    return f"Edges: {', '.join(met)}. Second {counts[0]}, third {counts[1]}."
 
 
 def _along(strip: np.ndarray[Any, Any]) -> list[str]:
