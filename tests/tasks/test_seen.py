@@ -11,8 +11,9 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.base import split_of
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.tasks.rooms import COLOURS
+from mirage_vlm.tasks.rooms import COLOURS, name_of
 from mirage_vlm.tasks.seen import NAMED, PALETTE
+from mirage_vlm.tasks.spatial import KINDS
 from mirage_vlm.trajectory import Image
 
 CELL = 16
@@ -153,19 +154,35 @@ def test_a_thought_in_words_begins_with_what_meets_the_edges():
 
 
 def test_a_thought_in_words_begins_with_where_the_things_are():
-    sides, moved = [], []
+    kinds, goals, sides = {}, [], []
     for i in range(80):
         example = get_task("sat-seen").make(random.Random(i), 1, "words", CELL)
-        told = re.search(r"<think>Places: ([^.]+)\.", example.text)[1].split("; then ")
-        assert len(told) == len(list(example.images()))
-        places = [
-            {name: (int(x), int(y)) for name, x, y in re.findall(r"([a-z ]+) (\d+) (\d+)(?:, )?", one)} for one in told
-        ]
-        assert all(0 <= at < 16 for one in places for spot in one.values() for at in spot)
-        if way := re.search(r"turn to the (left|right)", example.text):
-            (thing,) = re.findall(r"look straight at the ([a-z ]+)\.", example.messages[0].segments[-1].text)
-            sides.append((places[0][thing][0] < 8) == (way[1] == "left"))
-        if way := re.search(r"So the ([a-z ]+) moved (left|right)", example.text):
-            (before, _), (after, _) = (one[way[1]] for one in places)
-            moved.append((after < before) == (way[2] == "left"))
-    assert len(sides) > 8 and len(moved) > 2 and all(sides) and all(moved)
+        scene, kind = example.meta["scene"], example.meta["kind"]
+        kinds[kind] = kinds.get(kind, 0) + 1
+        (told,) = re.findall(r"<think>Places: ([^.]+)\.", example.text)
+        names = [name_of(scene, i) for i in range(len(scene["things"]))]
+        if len(list(example.images())) == 2:
+            moved = {}
+            for one in told.split(", "):
+                form = r"([a-z ]+) (\d+) (\d+) (\d+) (\d+) (left|right|none) (nearer|away|none)"
+                name, *rest = re.fullmatch(form, one).groups()
+                moved[name] = (*map(int, rest[:4]), *rest[4:])
+            for x, y, then_x, then_y, way, depth in moved.values():
+                assert max(x, y, then_x, then_y) < 16
+                assert way == ("left" if then_x < x else "right" if then_x > x else "none")
+                assert depth == ("away" if then_y < y else "nearer" if then_y > y else "none")
+            if scene["ask"].get("about") == "side":
+                assert scene["choices"]["AB".index(example.answer)] == moved[names[0]][4]
+            continue
+        here = {name: (int(x), int(y)) for name, x, y in re.findall(r"([a-z ]+?) (\d+) (\d+)(?:, )?", told)}
+        assert here and here.keys() <= {*names} and all(max(place) < 16 for place in here.values())
+        (then,) = re.findall(r"\. Then: ([^.]+)\. ", example.text)
+        there = dict(re.fullmatch(r"([a-z ]+) (none|\d+ \d+)", one).groups() for one in then.split(", "))
+        assert list(there) == names[: KINDS[kind].asked]
+        if kind == "goal aiming":  # one looks straight at it
+            goals.append(int(there[names[0]].split()[0]))
+        if kind == "perspective":
+            assert there[names[0]] == "none", "who looks does not see himself"
+            way = scene["choices"]["AB".index(example.answer)]
+            sides.append((int(there[names[2]].split()[0]) < 8) == (way == "left"))
+    assert set(kinds) == set(KINDS) and set(goals) <= {7, 8} and sides and all(sides)

@@ -16,12 +16,13 @@ import numpy as np
 import PIL.Image
 
 from mirage_vlm.tasks.base import Score, Split, Task
-from mirage_vlm.tasks.figures import KINDS
+from mirage_vlm.tasks.figures import KINDS as FIGURES
 from mirage_vlm.tasks.frozenlake import cell_name
 from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.jigsaw import JIGSAW
 from mirage_vlm.tasks.rooms import Pose, Scene, after, later, name_of, outline
 from mirage_vlm.tasks.sat import PIXELS, SAT
+from mirage_vlm.tasks.spatial import KINDS, Perspective
 from mirage_vlm.trajectory import Image, Message, Text, Trajectory
 
 Rows = list[list[str]]
@@ -114,7 +115,7 @@ class Seen(Task):
 
 def read_figure(example: Trajectory, rng: random.Random) -> list[Rows]:
     """What each cell of a figure shows, see `figures.Kind.cells`."""
-    return [KINDS[example.meta["kind"]].cells(example.meta["figure"])]
+    return [FIGURES[example.meta["kind"]].cells(example.meta["figure"])]
 
 
 def read_colours(example: Trajectory, rng: random.Random) -> list[Rows]:
@@ -172,18 +173,43 @@ def read_things(example: Trajectory, rng: random.Random) -> list[Rows]:
 
 
 def note_places(example: Trajectory) -> str:
-    """Where the middle of each thing is in each picture, across and down, in sixteenths of its side."""
+    """Where the middle of each thing is, across and down, in sixteenths of the picture's side.
+
+    Of two pictures the places in both, and which way the thing went between them; of one also the places of what the
+    question is about in the view that one would like to see.
+    """
     scene: Scene = example.meta["scene"]
-    told = []
-    for ids in _outlines(scene):
-        places = []
-        for i in range(len(scene["things"])):
-            down, across = (ids == i + 1).nonzero()
-            if len(across) >= LEAST * GRAIN**2:
-                x, y = (int(STEPS * (where.mean() + 0.5) / len(ids)) for where in (across, down))
-                places.append(f"{name_of(scene, i)} {x} {y}")
-        told.append(", ".join(places))
-    return f"Places: {'; then '.join(told)}."
+    kind = KINDS[example.meta["kind"]]
+    now, *rest = (_middles(ids, len(scene["things"])) for ids in _outlines(scene))
+    if rest:
+        both = [i for i in now if i in rest[0]]
+        told = [f"{name_of(scene, i)} {_at(now[i])} {_at(rest[0][i])} {_way(now[i], rest[0][i])}" for i in both]
+        return f"Places: {', '.join(told)}."
+    there = outline(scene, kind.goal(scene), PIXELS * GRAIN, 0 if isinstance(kind, Perspective) else None).ids
+    then = _middles(there, kind.asked)
+    found = (f"{name_of(scene, i)} {_at(then[i]) if i in then else 'none'}" for i in range(kind.asked))
+    return f"Places: {', '.join(f'{name_of(scene, i)} {_at(now[i])}' for i in now)}. Then: {', '.join(found)}."
+
+
+def _middles(ids: np.ndarray[Any, Any], count: int) -> dict[int, tuple[int, int]]:
+    """Across and down, of each of the first `count` things that can be seen."""
+    found = {}
+    for i in range(count):
+        down, across = (ids == i + 1).nonzero()
+        if len(across) >= LEAST * GRAIN**2:
+            x, y = (int(STEPS * (where.mean() + 0.5) / len(ids)) for where in (across, down))
+            found[i] = (x, y)
+    return found
+
+
+def _at(place: tuple[int, int]) -> str:
+    return f"{place[0]} {place[1]}"
+
+
+def _way(before: tuple[int, int], now: tuple[int, int]) -> str:
+    """Across and down the picture; what is lower in it is nearer."""
+    ways = (("left", "none", "right"), ("away", "none", "nearer"))
+    return " ".join(words[1 + (b > a) - (b < a)] for words, a, b in zip(ways, before, now, strict=True))
 
 
 def _outlines(scene: Scene) -> list[np.ndarray[Any, Any]]:
