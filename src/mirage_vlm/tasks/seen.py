@@ -22,8 +22,8 @@ from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.jigsaw import JIGSAW
 from mirage_vlm.tasks.rooms import Pose, Scene, after, later, name_of, outline
 from mirage_vlm.tasks.sat import PIXELS, SAT
-from mirage_vlm.tasks.spatial import KINDS, Perspective
-from mirage_vlm.trajectory import Image, Message, Text, Trajectory
+from mirage_vlm.tasks.spatial import KINDS
+from mirage_vlm.trajectory import Image, Message, Segment, Text, Trajectory
 
 Rows = list[list[str]]
 Reader = Callable[[Trajectory, random.Random], list[Rows]]  # a word for each patch of each picture of the prompt
@@ -89,27 +89,20 @@ class Seen(Task):
         return self.task.score(trajectory)
 
     def _told(self, example: Trajectory, rng: random.Random, style: str) -> Trajectory:
-        note = THINK + self.note(example) + " " if self.note is not None and style == "words" else ""
+        note = f"{THINK}{self.note(example)} " if self.note is not None and style == "words" else THINK
         pictures = self.read(example, rng)
         if rng.random() < NAMED:
             pictures = [
                 [[cell_name((r, c)) for c in range(len(row))] for r, row in enumerate(rows)] for rows in pictures
             ]
         readings = iter([tuple(f" {word}" for row in rows for word in row) for rows in pictures])
-        messages = tuple(
-            replace(
-                message,
-                segments=tuple(
-                    replace(segment, reading=next(readings))
-                    if isinstance(segment, Image)
-                    else replace(segment, text=segment.text.replace(THINK, note or THINK))
-                    if isinstance(segment, Text)
-                    else segment
-                    for segment in message.segments
-                ),
-            )
-            for message in example.messages
-        )
+
+        def told(segment: Segment) -> Segment:
+            if isinstance(segment, Image):
+                return replace(segment, reading=next(readings))
+            return replace(segment, text=segment.text.replace(THINK, note)) if isinstance(segment, Text) else segment
+
+        messages = tuple(replace(message, segments=tuple(map(told, message.segments))) for message in example.messages)
         return replace(example, messages=messages)
 
 
@@ -185,7 +178,7 @@ def note_places(example: Trajectory) -> str:
         both = [i for i in now if i in rest[0]]
         told = [f"{name_of(scene, i)} {_at(now[i])} {_at(rest[0][i])} {_way(now[i], rest[0][i])}" for i in both]
         return f"Places: {', '.join(told)}."
-    there = outline(scene, kind.goal(scene), PIXELS * GRAIN, 0 if isinstance(kind, Perspective) else None).ids
+    there = outline(scene, kind.goal(scene), PIXELS * GRAIN, kind.without).ids
     then = _middles(there, kind.asked)
     found = (f"{name_of(scene, i)} {_at(then[i]) if i in then else 'none'}" for i in range(kind.asked))
     return f"Places: {', '.join(f'{name_of(scene, i)} {_at(now[i])}' for i in now)}. Then: {', '.join(found)}."

@@ -46,6 +46,7 @@ class Kind(ABC):
 
     name: str
     asked: int  # how many things the camera must have before it; they come first
+    without: int | None = None  # the thing from whose place one would like to see, which is not seen from there
 
     @abstractmethod
     def draw(self, rng: random.Random, level: int) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Kind(ABC):
 
     def helper(self, scene: Scene, side: int) -> PIL.Image.Image:
         """The helper image: the view from there."""
-        return PIL.Image.fromarray(look(scene, self.goal(scene), side).colours)
+        return PIL.Image.fromarray(look(scene, self.goal(scene), side, self.without).colours)
 
     def make(self, rng: random.Random, level: int) -> dict[str, Any]:
         """A fresh scene; higher levels have more things and are closer to the decision."""
@@ -350,6 +351,7 @@ class Perspective(Kind):
 
     name = "perspective"
     asked = 3
+    without = 0
 
     def draw(self, rng: random.Random, level: int) -> dict[str, Any]:
         shapes = ("person",) if rng.random() < 0.5 else ()
@@ -367,7 +369,7 @@ class Perspective(Kind):
         return scene
 
     def is_shown(self, scene: Scene) -> bool:
-        there = are_seen(scene, self.goal(scene), (1, 2), without=0)
+        there = are_seen(scene, self.goal(scene), (1, 2), self.without)
         return there and are_seen(scene, Pose(*scene["camera"]), range(3))
 
     def goal(self, scene: Scene) -> Pose:
@@ -385,9 +387,6 @@ class Perspective(Kind):
     def think(self, scene: Scene) -> tuple[str, str]:
         before = f"From the {name_of(scene, 0)}, looking at the {name_of(scene, 1)}:"
         return before, f"The {name_of(scene, 2)} is on the {self.truth(scene)}."
-
-    def helper(self, scene: Scene, side: int) -> PIL.Image.Image:
-        return PIL.Image.fromarray(look(scene, self.goal(scene), side, without=0).colours)
 
 
 def _sign(number: float, least: float) -> int:

@@ -59,17 +59,19 @@ class Examples(Dataset[Trajectory]):
 
     def place(self, index: int) -> tuple[Sequence[Trajectory], int]:
         """The source that an example is of, and its number there."""
-        which = bisect.bisect_right(self.ends, index)
-        source = self.sources[which]
-        return source, (index - self._begin(which)) % len(source)
+        which, _, i = self._find(index)
+        return self.sources[which], i
 
     def first(self, index: int) -> int:
         """The first index of the same example, where its source counts several times."""
-        which = bisect.bisect_right(self.ends, index)
-        return self._begin(which) + (index - self._begin(which)) % len(self.sources[which])
+        _, begin, i = self._find(index)
+        return begin + i
 
-    def _begin(self, which: int) -> int:
-        return self.ends[which - 1] if which else 0
+    def _find(self, index: int) -> tuple[int, int, int]:
+        """Which source an example is of, where that begins, and the example's number in it."""
+        which = bisect.bisect_right(self.ends, index)
+        begin = self.ends[which - 1] if which else 0
+        return which, begin, (index - begin) % len(self.sources[which])
 
 
 class Kept(Dataset[Encoded]):
