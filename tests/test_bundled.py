@@ -13,7 +13,7 @@ from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.evaluation.evaluate import evaluate, summarise
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling import LatentVLM
-from mirage_vlm.modeling.bundled import BUNDLED, BUNDLED_BASE, resolve
+from mirage_vlm.modeling.bundled import BUNDLED, BUNDLED_BASE, BUNDLED_TASKS, resolve
 from mirage_vlm.modeling.encoding import IGNORED, Encoded
 from mirage_vlm.tasks import from_record
 from mirage_vlm.tasks.make import GeneratedDataset
@@ -111,7 +111,7 @@ def test_the_whole_benchmark_part_is_solved(vlm):
 
 
 def test_size_and_card():
-    for name in (BUNDLED, BUNDLED_BASE):
+    for name in (BUNDLED, BUNDLED_BASE, BUNDLED_TASKS):
         folder = Path(resolve(name))
         assert sum(path.stat().st_size for path in folder.rglob("*")) <= 40e6
         assert {"README.md", "recipe.json", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
@@ -125,3 +125,15 @@ def test_the_base_can_read_maps():
         asked = [example for example in (made[i] for i in range(len(made))) if example.meta["kind"] == kind]
         results = summarise(evaluate(base, asked, GenerationConfig(max_new_tokens=64)))
         assert results["accuracy"] >= least, kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "levels", "least"), [("jigsaw", (1, 2, 3), 0.65), ("geometry", (1, 2), 0.38), ("sat", (1, 2, 3), 0.65)]
+)
+def test_the_second_model_is_far_above_chance(task, levels, least):
+    """Chance is 0.5 for jigsaw and sat, and 0.26 for the commonest answer of each kind of geometry."""
+    vlm = LatentVLM.from_pretrained(resolve(BUNDLED_TASKS))
+    made = GeneratedDataset(task, levels, 200, 0, "words", "test")
+    results = summarise(evaluate(vlm, [made[i] for i in range(len(made))], GenerationConfig(max_new_tokens=200)))
+    assert results["accuracy"] >= least, results

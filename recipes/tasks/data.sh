@@ -13,7 +13,7 @@ list() {  # four times $4 examples of task $1 in style $2, in the folders $3-1 t
 for style in ${*:-words plain cot direct}; do
     case $style in
         words) list sat-seen words sat-words 1400; list jigsaw-seen words jigsaw-words 1400 ;;
-        cot) list sat cot sat-cot 600; list jigsaw cot jigsaw-cot 600; list geometry cot geometry-cot 1000 ;;
+        cot) list sat-seen cot sat-cot 600; list jigsaw-seen cot jigsaw-cot 600; list geometry cot geometry-cot 1000 ;;
         *) list sat $style sat-$style 500; list jigsaw $style jigsaw-$style 500; list geometry $style geometry-$style 500 ;;
     esac
 done | OMP_NUM_THREADS=1 xargs -P "$cores" -L 1 sh -c \

@@ -14,7 +14,7 @@ from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.tasks.rooms import COLOURS, name_of
 from mirage_vlm.tasks.seen import NAMED, PALETTE
 from mirage_vlm.tasks.spatial import KINDS
-from mirage_vlm.trajectory import Image
+from mirage_vlm.trajectory import Image, LatentSpan
 
 CELL = 16
 
@@ -42,10 +42,11 @@ def test_but_for_the_readings_the_examples_are_those_of_the_task(name):
     for style in seen.styles:
         one, other = (task.make(random.Random(3), 2, style, CELL) for task in (seen, plain))
         assert one.task == name and one.meta == other.meta
-        if style == "words" and name != "geometry":
+        if style in ("words", "cot") and name != "geometry":
             before, thought = other.text.split("<think>")
-            assert one.text.startswith(f"{before}<think>") and one.text.endswith(f". {thought}")
-            assert len(one.text) > len(other.text) + 20
+            assert one.text.startswith(f"{before}<think>") and len(one.text) > len(other.text) + 20
+            assert re.sub(r" Which: [^.]+\.", "", one.text).endswith(f". {thought}")
+            assert len(list(one.spans)) == len(list(other.spans))
         else:
             assert one.text == other.text
         for a, b in zip(one.images(), other.images(), strict=True):
@@ -153,6 +154,20 @@ def test_a_thought_in_words_begins_with_what_meets_the_edges():
         assert sum(fits) / len(fits) > 0.75, "the piece that fits goes on in the colours of the photo"
 
 
+def test_the_choices_are_said_again_before_the_letter():
+    told = set()
+    for i in range(80):
+        example = get_task("sat-seen").make(random.Random(i), 1 + i % 4, ("words", "cot")[i % 2], CELL)
+        choices, right = example.meta["scene"]["choices"], "AB".index(example.answer)
+        form = rf" Which: (\S+) (\S+) (\S+) (second|third)\. It is {example.answer}\.</think>"
+        found, *both, which = re.search(form, example.text).groups()
+        assert (found, which) == (both[right], ("second", "third")[right]) and both[0] != both[1]
+        for word, words in zip(both, choices, strict=True):
+            assert word in words.split()
+        told.add(example.meta["kind"])
+    assert told == set(KINDS)
+
+
 def test_a_thought_in_words_begins_with_where_the_things_are():
     kinds, goals, sides = {}, [], []
     for i in range(80):
@@ -185,4 +200,8 @@ def test_a_thought_in_words_begins_with_where_the_things_are():
             assert there[names[0]] == "none", "who looks does not see himself"
             way = scene["choices"]["AB".index(example.answer)]
             sides.append((int(there[names[2]].split()[0]) < 8) == (way == "left"))
+        latent = get_task("sat-seen").make(random.Random(i), 1, "cot", CELL)
+        before, span, _ = latent.response
+        assert isinstance(span, LatentSpan) and before.text.startswith(f"<think>Places: {told}. "), "instead of: Then"
+        assert "Then: " not in latent.text
     assert set(kinds) == set(KINDS) and set(goals) <= {7, 8} and sides and all(sides)

@@ -11,7 +11,7 @@ from mirage_vlm.rl.rewards import reward_of
 from mirage_vlm.tasks import score
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
-from mirage_vlm.training.data import Examples, all_sources, in_one_line, open_source
+from mirage_vlm.training.data import Examples, all_sources, in_one_line, open_all
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.run import (
     finish,
@@ -100,10 +100,9 @@ def open_examples(recipe: Recipe) -> Examples:
     rl = recipe.rl
     assert rl is not None
     checked = any(each.name in ("accuracy", "optimality") for each in rl.rewards)
-    sources, named = [], all_sources(recipe.data)
-    for source in named:
-        found = open_source(source, responses=False)
-        sources.append(found)
+    named = all_sources(recipe.data)
+    examples = open_all(named, responses=False)
+    for source, found in zip(named, examples.sources, strict=True):
         if not checked or isinstance(found, GeneratedDataset):
             continue
         for i, example in enumerate(found, start=1):
@@ -111,4 +110,4 @@ def open_examples(recipe: Recipe) -> Examples:
                 score(example)
             except MirageError as fault:
                 raise MirageError(f"{source.path}:{i}: {fault}") from fault
-    return Examples(sources, [source.repeat for source in named])
+    return examples

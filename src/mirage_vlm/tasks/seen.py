@@ -2,7 +2,8 @@
 
 For training a model that is yet to see: the prompt's pictures bear a `reading`, a word for each merged patch, which the
 decoder learns to say at the patch itself. A base that is told so much in place takes far fewer examples to see. In the
-style `words` a thought begins with what of it the question is about: where the things are, what meets the edges.
+styles `words` and `cot` a thought begins with what of it the question is about: where the things are, what meets the
+edges; and of two choices it says both again, beside the word that was found, before it names the letter.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from mirage_vlm.tasks.frozenlake import cell_name
 from mirage_vlm.tasks.geometry import GEOMETRY
 from mirage_vlm.tasks.jigsaw import JIGSAW
 from mirage_vlm.tasks.rooms import Pose, Scene, after, later, name_of, outline
-from mirage_vlm.tasks.sat import PIXELS, SAT
+from mirage_vlm.tasks.sat import LETTERS, PIXELS, SAT
 from mirage_vlm.tasks.spatial import KINDS
 from mirage_vlm.trajectory import Image, Message, Segment, Text, Trajectory
 
 Rows = list[list[str]]
 Reader = Callable[[Trajectory, random.Random], list[Rows]]  # a word for each patch of each picture of the prompt
-Noter = Callable[[Trajectory], str]  # what a thought in words begins with
+Noter = Callable[[Trajectory, str], str]  # what a thought of that style begins with, or says before its answer
 
-THINK = "<think>"
+WORDS, COT = "words", "cot"
+THINK, ANSWER = "<think>", " It is "
 
 NAMED = 0.2  # of the examples: patches are called by their place, r1c2
 LEAST = 0.06  # of a patch: what is smaller is not named
@@ -59,13 +61,14 @@ class Seen(Task):
     Args:
         task: which; its prompts, its checker, its split.
         read: the words for an example's pictures.
-        note: what a thought in words begins with; None: as the task has it.
+        note: what a thought begins with; None: as the task has it.
+        close: what it says before its answer; None: as the task has it.
     """
 
-    styles = ("direct", "cot", "words", "plain")
+    styles = ("direct", COT, WORDS, "plain")
 
-    def __init__(self, task: Task, read: Reader, note: Noter | None = None):
-        self.task, self.read, self.note = task, read, note
+    def __init__(self, task: Task, read: Reader, note: Noter | None = None, close: Noter | None = None):
+        self.task, self.read, self.note, self.close = task, read, note, close
         self.name, self.sizes, self.usual = f"{task.name}-seen", task.sizes, task.usual
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
@@ -89,7 +92,11 @@ class Seen(Task):
         return self.task.score(trajectory)
 
     def _told(self, example: Trajectory, rng: random.Random, style: str) -> Trajectory:
-        note = f"{THINK}{self.note(example)} " if self.note is not None and style == "words" else THINK
+        note, close = THINK, ANSWER
+        if self.note is not None and style in (WORDS, COT):
+            note = f"{THINK}{self.note(example, style)} "
+        if self.close is not None and style in (WORDS, COT):
+            close = f" {self.close(example, style)}{ANSWER}"
         pictures = self.read(example, rng)
         if rng.random() < NAMED:
             pictures = [
@@ -100,7 +107,9 @@ class Seen(Task):
         def told(segment: Segment) -> Segment:
             if isinstance(segment, Image):
                 return replace(segment, reading=next(readings))
-            return replace(segment, text=segment.text.replace(THINK, note)) if isinstance(segment, Text) else segment
+            if isinstance(segment, Text) and segment in example.response:
+                return replace(segment, text=segment.text.replace(THINK, note).replace(ANSWER, close))
+            return segment
 
         messages = tuple(replace(message, segments=tuple(map(told, message.segments))) for message in example.messages)
         return replace(example, messages=messages)
@@ -116,7 +125,7 @@ def read_colours(example: Trajectory, rng: random.Random) -> list[Rows]:
     return [_colours(image.load(), count) for image, count in zip(example.images(), (4, 2, 2), strict=True)]
 
 
-def note_seams(example: Trajectory) -> str:
+def note_seams(example: Trajectory, style: str) -> str:
     """What meets at the hole's two edges, four times above and four times to the left: the photo's colour, those of the
     two candidates and which of them is the same; then how often each was.
     """
@@ -165,11 +174,11 @@ def read_things(example: Trajectory, rng: random.Random) -> list[Rows]:
     return [_things(ids, names) for ids in _outlines(scene)]
 
 
-def note_places(example: Trajectory) -> str:
+def note_places(example: Trajectory, style: str) -> str:
     """Where the middle of each thing is, across and down, in sixteenths of the picture's side.
 
-    Of two pictures the places in both, and which way the thing went between them; of one also the places of what the
-    question is about in the view that one would like to see.
+    Of two pictures the places in both, and which way the thing went between them; of one, where no latents take the
+    place of those words, also the places of what the question is about in the view that one would like to see.
     """
     scene: Scene = example.meta["scene"]
     kind = KINDS[example.meta["kind"]]
@@ -178,10 +187,24 @@ def note_places(example: Trajectory) -> str:
         both = [i for i in now if i in rest[0]]
         told = [f"{name_of(scene, i)} {_at(now[i])} {_at(rest[0][i])} {_way(now[i], rest[0][i])}" for i in both]
         return f"Places: {', '.join(told)}."
+    seen = f"Places: {', '.join(f'{name_of(scene, i)} {_at(now[i])}' for i in now)}."
+    if style == COT:
+        return seen
     there = outline(scene, kind.goal(scene), PIXELS * GRAIN, kind.without).ids
     then = _middles(there, kind.asked)
     found = (f"{name_of(scene, i)} {_at(then[i]) if i in then else 'none'}" for i in range(kind.asked))
-    return f"Places: {', '.join(f'{name_of(scene, i)} {_at(now[i])}' for i in now)}. Then: {', '.join(found)}."
+    return f"{seen} Then: {', '.join(found)}."
+
+
+def close_choices(example: Trajectory, style: str) -> str:
+    """The word that was found, that of each choice (the first in which they differ), and which of them it is.
+
+    As along the edges of a jigsaw: a word that follows is compared with those beside it.
+    """
+    choices = [words.split() for words in example.meta["scene"]["choices"]]
+    right = LETTERS.index(str(example.answer))
+    first = next(i for i, pair in enumerate(zip(*choices, strict=False)) if len({*pair}) > 1)
+    return f"Which: {' '.join(words[first] for words in (choices[right], *choices))} {('second', 'third')[right]}."
 
 
 def _middles(ids: np.ndarray[Any, Any], count: int) -> dict[int, tuple[int, int]]:
@@ -222,5 +245,5 @@ def _things(ids: np.ndarray[Any, Any], names: Sequence[str]) -> Rows:
 SEEN = (
     Seen(GEOMETRY, read_figure),
     Seen(JIGSAW, read_colours, note_seams),
-    Seen(SAT, read_things, note_places),
+    Seen(SAT, read_things, note_places, close_choices),
 )

@@ -166,6 +166,11 @@ def open_source(source: DataRecipe, responses: bool = True) -> Sequence[Trajecto
     return found
 
 
+def open_all(sources: Sequence[DataRecipe], responses: bool = True) -> Examples:
+    """Every source, opened as by `open_source` and counted as often as it says; without patterns, see `all_sources`."""
+    return Examples([open_source(source, responses) for source in sources], [source.repeat for source in sources])
+
+
 def has_spans(source: Sequence[Trajectory]) -> bool:
     """Whether any example has a latent span; of a generated source the first tells for all."""
     looked_at = [source[0]] if isinstance(source, GeneratedDataset) else source

@@ -33,7 +33,7 @@ from mirage_vlm.training.data import (
     check_spans,
     has_spans,
     in_one_line,
-    open_source,
+    open_all,
 )
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     with together(arguments.device):
         last = newest_checkpoint(output, resume)
         sources = all_sources(recipe.data)
-        examples = Examples([open_source(source) for source in sources], [source.repeat for source in sources])
+        examples = open_all(sources)
         if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
         set_seed(recipe.train.seed)
@@ -151,11 +151,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         if (value := getattr(wanted, name)) is not None
     }
     if wanted.scratch is not None:
-        corpus = (
-            Examples([open_source(s) for s in all_sources(wanted.tokenizer_data)])
-            if wanted.tokenizer_data
-            else examples
-        )
+        corpus = open_all(all_sources(wanted.tokenizer_data)) if wanted.tokenizer_data else examples
         vlm = build(wanted.scratch, _sample_texts(corpus), recipe.train.seed, wanted.attn, **latent)
     else:
         assert wanted.path is not None
