@@ -92,11 +92,9 @@ class Seen(Task):
         return self.task.score(trajectory)
 
     def _told(self, example: Trajectory, rng: random.Random, style: str) -> Trajectory:
-        note, close = THINK, ANSWER
-        if self.note is not None and style in (WORDS, COT):
-            note = f"{THINK}{self.note(example, style)} "
-        if self.close is not None and style in (WORDS, COT):
-            close = f" {self.close(example, style)}{ANSWER}"
+        thinks = style in (WORDS, COT)
+        note = f"{THINK}{self.note(example, style)} " if thinks and self.note else THINK
+        close = f" {self.close(example, style)}{ANSWER}" if thinks and self.close else ANSWER
         pictures = self.read(example, rng)
         if rng.random() < NAMED:
             pictures = [
