@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mirage_vlm.cli.main import run as command
 from mirage_vlm.cli.options import load_model
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation import study as study_module
+from mirage_vlm.evaluation import study_report
 from mirage_vlm.evaluation.curves import curves
 from mirage_vlm.evaluation.intervals import ahead_over_seeds, over_seeds, student
 from mirage_vlm.evaluation.study import Taken, correct, load_study, outcomes, recipes_of, run_row
@@ -187,6 +189,26 @@ def test_the_page_says_what_the_results_say(done):
     gain, _, said = numbers[5].strip().partition(" ")
     assert float(gain) == pytest.approx(100 * (np.mean(rights) - np.mean(best)), abs=0.06)
     assert said == f"({name})" or np.mean(zero) == np.mean(markers)
+
+
+def test_where_latents_are_consumed_the_page_says_how_often(done, monkeypatch):
+    assert "latents |" not in page(done, "mirage study x.yaml"), "no response of these models has any"
+
+    def thinking(study, row, test=None):
+        found = outcomes(study, row, test)
+        rates = (0.25, 0.75) if row.name == "paper" and test is None else (0.0, 0.0)
+        return [replace(o, results=o.results | {"latent_rate": rate}) for o, rate in zip(found, rates, strict=False)]
+
+    monkeypatch.setattr(study_report, "outcomes", thinking)
+    text = page(done, "mirage study x.yaml")
+    (header,) = [line for line in text.splitlines() if line.startswith("| base | row | helper image |")]
+    assert header.endswith("| accuracy | 95 % | optimal | latents | unseen | 95 % | latents |")
+    columns = [name.strip() for name in header.strip("|").split("|")]
+    for row, rate in (("plain", "0"), ("paper", "50")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| P | {row} |") and line.count("|") > 9]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == len(columns)
+        assert [cell for cell, name in zip(cells, columns, strict=True) if name == "latents"] == [rate, "0"]
 
 
 def test_a_curve_is_what_the_runs_wrote_down(done):

@@ -41,6 +41,10 @@ class Line:
         shares = [share for run in self.runs if (share := run.results["optimal_rate"]) is not None]
         return 100 * sum(shares) / len(shares) if shares else None
 
+    def latent_rate(self) -> float:
+        """Share of responses that consumed latents, in percent."""
+        return 100 * sum(run.results["latent_rate"] for run in self.runs) / len(self.runs)
+
     def mean(self, replacement: str) -> float:
         """Accuracy in percent, without its interval."""
         return 100 * float(self.right(replacement).mean())
@@ -95,23 +99,26 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     if study.summary:
         head += [study.summary.strip(), ""]
     further = "".join(f"; {each.name}: {_about(each)}" for each in study.also)
+    also = [{line.row.name: line for line in lines(study, each)} for each in study.also]
     plans = any(line.optimal() is not None for line in done)
-    columns = _columns(study, "accuracy")
+    think = any(line.latent_rate() > 0 for line in (*done, *chain.from_iterable(each.values() for each in also)))
+    columns = _columns(study, "accuracy", ("latents",) if think else ())
     if plans:
         columns.insert(2, "optimal")
-    shortest = "; optimal: right in the fewest moves" if plans else ""
+    more = "; optimal: right in the fewest moves" if plans else ""
+    more += "; latents: the share of responses that consumed any" if think else ""
     parts = [
         *head,
         f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
-        f"the seeds, with a 95 % interval over seeds and maps (over maps alone where there is one seed){shortest}.",
+        f"the seeds, with a 95 % interval over seeds and items (over items alone where there is one seed){more}.",
         "",
-        _header("base", "row", "helper image", "seeds", "maps", "steps", "seconds", *columns),
+        _header("base", "row", "helper image", "seeds", "examples", "steps", "seconds", *columns),
     ]
-    also = [{line.row.name: line for line in lines(study, each)} for each in study.also]
     for line in done:
         run = line.runs[0]
         about = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
-        shown = [*chain(*map(_accuracy, (line, *(others.get(line.row.name) for others in also))))]
+        tests = (line, *(others.get(line.row.name) for others in also))
+        shown = [cell for each in tests for cell in (*_accuracy(each), *([_latents(each)] if think else []))]
         if plans:
             shown.insert(2, "–" if (share := line.optimal()) is None else f"{share:.1f}")
         parts.append(_cells(*about, f"{line.seconds():,.0f}", *shown))
@@ -135,9 +142,9 @@ def _header(*names: str) -> str:
     return _cells(*names) + "\n" + "|---" * len(names) + "|"
 
 
-def _columns(study: Study, name: str) -> list[str]:
-    """A column for each test and one for its interval."""
-    return [column for each in (name, *(test.name for test in study.also)) for column in (each, "95 %")]
+def _columns(study: Study, name: str, more: Sequence[str] = ()) -> list[str]:
+    """A column for each test, one for its interval, and more."""
+    return [column for each in (name, *(test.name for test in study.also)) for column in (each, "95 %", *more)]
 
 
 def _accuracy(line: Line | None) -> tuple[str, str]:
@@ -145,6 +152,10 @@ def _accuracy(line: Line | None) -> tuple[str, str]:
         return "–", "–"
     mean, low, high = line.accuracy()
     return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"
+
+
+def _latents(line: Line | None) -> str:
+    return "–" if line is None else f"{line.latent_rate():.0f}"
 
 
 def _ahead(line: Line | None, other: Line | None) -> tuple[str, str]:
@@ -168,7 +179,7 @@ def _differences(study: Study, done: Mapping[str, Line], also: Sequence[Mapping[
     if not parts:
         return []
     header = _header("base", "rows", "seeds", "seconds, ratio", *_columns(study, "points"))
-    return ["", "The difference of two rows on the same maps, in points:", "", header, *parts]
+    return ["", "The difference of two rows on the same items, in points:", "", header, *parts]
 
 
 def _replaced(done: Sequence[Line]) -> list[str]:
