@@ -245,7 +245,7 @@ def figure(study: Study) -> Figure:
     axes.set_yticks(range(len(done)), [f"{line.row.base}: {line.row.name}" for line in done])
     axes.set_ylim(len(done) - 0.4, -0.6)
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"accuracy in %, {study.test.n} held-out maps")
+    axes.set_xlabel(f"accuracy in %, {study.test.n} held-out examples")
     axes.spines[["top", "right"]].set_visible(False)
     marks = [
         Line2D([], [], color=EMPTY, marker="o", linestyle="", label="best empty replacement of its latents"),
