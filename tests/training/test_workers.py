@@ -11,7 +11,7 @@ from support import SCRATCH
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.training import run
+from mirage_vlm.training import data, run
 from mirage_vlm.training.recipe import load_recipe
 
 RECIPE = """\
@@ -58,7 +58,7 @@ class Watched(GeneratedDataset):
 def test_workers_make_the_batches_and_last_for_the_run(recipe, tmp_path, monkeypatch):
     plain = run.train(recipe())
     log = tmp_path / "log"
-    monkeypatch.setattr(run, "open_source", lambda _: Watched(log))
+    monkeypatch.setattr(data, "open_source", lambda *_: Watched(log))
     elsewhere = run.train(recipe("train.workers=2", f"output_dir={tmp_path}/workers"))
     assert largest_difference(plain, elsewhere) == 0, "the same order, whoever prepares it"
     lines = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_a_resumed_run_with_workers_sees_the_same_order(recipe, tmp_path):
 
 
 def test_a_killed_worker_is_told_in_one_line(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "open_source", lambda _: Watched(tmp_path / "log", deadly=7))
+    monkeypatch.setattr(data, "open_source", lambda *_: Watched(tmp_path / "log", deadly=7))
     with pytest.raises(
         MirageError, match=r"^a process that prepares batches ended: DataLoader worker .* lower"
     ) as caught:
