@@ -8,6 +8,7 @@ edges; and of two choices it says both again, beside the word that was found, be
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -138,11 +139,15 @@ def note_seams(example: Trajectory, style: str) -> str:
 
 def compare(photo: Sequence[str], second: Sequence[str], third: Sequence[str]) -> str:
     """Names of colours that meet, and which candidate has the photo's."""
-    same = [(a == b, a == c) for a, b, c in zip(photo, second, third, strict=True)]
-    says = {(True, True): "both", (True, False): "second", (False, True): "third", (False, False): "none"}
-    met = (f"{a} {b} {c} {says[who]}" for a, b, c, who in zip(photo, second, third, same, strict=True))
-    counts = [sum(each) for each in zip(*same, strict=True)]
+    met = (_beside(*words) for words in zip(photo, second, third, strict=True))
+    counts = [sum(map(operator.eq, photo, piece)) for piece in (second, third)]
     return f"Edges: {', '.join(met)}. Second {counts[0]}, third {counts[1]}."
+
+
+def _beside(found: str, second: str, third: str) -> str:
+    """A word, two others, and which of them is the same."""
+    says = {(True, True): "both", (True, False): "second", (False, True): "third", (False, False): "none"}
+    return f"{found} {second} {third} {says[found == second, found == third]}"
 
 
 def _along(strip: np.ndarray[Any, Any]) -> list[str]:
@@ -197,12 +202,11 @@ def note_places(example: Trajectory, style: str) -> str:
 def close_choices(example: Trajectory, style: str) -> str:
     """The word that was found, that of each choice (the first in which they differ), and which of them it is.
 
-    As along the edges of a jigsaw: a word that follows is compared with those beside it.
+    As along the edges of a jigsaw: which one is the same is learnt soonest of words that stand side by side.
     """
     choices = [words.split() for words in example.meta["scene"]["choices"]]
-    right = LETTERS.index(str(example.answer))
-    first = next(i for i, pair in enumerate(zip(*choices, strict=False)) if len({*pair}) > 1)
-    return f"Which: {' '.join(words[first] for words in (choices[right], *choices))} {('second', 'third')[right]}."
+    both = next(pair for pair in zip(*choices, strict=False) if pair[0] != pair[1])
+    return f"Which: {_beside(both[LETTERS.index(str(example.answer))], *both)}."
 
 
 def _middles(ids: np.ndarray[Any, Any], count: int) -> dict[int, tuple[int, int]]:
