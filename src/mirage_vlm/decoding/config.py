@@ -34,7 +34,7 @@ class GenerationConfig:
             decoded beside it.
         seeds: a seed for each response of the call, instead of `seed`.
         evict_images: when a span closes, the prompt's pictures leave the cache: `latent_end` and everything after it
-            attend to text and latents only. Positions of what stays do not change.
+            attend to text and latents only. Positions of what stays do not change. None: as the checkpoint was trained.
         logprobs: keep the log-probability of every token that was chosen.
         return_latents: keep the latent vectors on the returned spans, in float32 unless `latent_dtype` says otherwise.
         latent_dtype: `float32`, or `model` for the model's own.
@@ -56,7 +56,7 @@ class GenerationConfig:
     n: int = 1
     seed: int = 0
     seeds: Sequence[int] | None = None
-    evict_images: bool = False
+    evict_images: bool | None = None
     logprobs: bool = False
     return_latents: bool = True
     latent_dtype: str = "float32"

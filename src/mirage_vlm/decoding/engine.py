@@ -114,6 +114,8 @@ class Engine:
             MirageError: a picture cannot be read, or the prompt with its response can never fit.
         """
         config = replace(config or GenerationConfig(), **changes)  # type: ignore[arg-type]
+        if config.evict_images is None:
+            config = replace(config, evict_images=self.vlm.config.evict_images)
         source = prompt if isinstance(prompt, Trajectory) else Trajectory(tuple(prompt))
         if replay is not None:
             if replay.decoding is None:

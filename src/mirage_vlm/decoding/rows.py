@@ -164,7 +164,7 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         top_k=numbers([c.top_k for c in configs]),
         noise=reals([c.latent_noise for c in configs]),
         seed=numbers([r.seed for r in wave]),
-        evict=numbers([c.evict_images for c in configs], torch.bool),
+        evict=numbers([bool(c.evict_images) for c in configs], torch.bool),
         forced=numbers([f + [NOTHING] * (longest - len(f)) for f in forced]).view(len(wave), longest),
         given=latents,
         given_count=numbers([len(vectors) for vectors in given]),
