@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 RESULTS = "results.json"
 HELPER = {  # what a row is told of what the helper image shows, and how a table says so
     "no": "no",
-    "words": "no, the same in words",
-    "regions": "no, the same as regions of the picture",
+    "words": "no (in words)",
+    "regions": "no (as regions)",
     "training": "in training",
     "both": "in training and test",
 }

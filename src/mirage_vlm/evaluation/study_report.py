@@ -55,7 +55,7 @@ class Line:
 
     def mark(self, *others: Line) -> str:
         """What an interval of this row, or of it and others, bears."""
-        return ALONE if any(len(line.runs) == 1 for line in (self, *others)) else ""
+        return ALONE if any(len(line.runs) == 1 and line.row.recipes for line in (self, *others)) else ""
 
     def mean(self, replacement: str) -> float:
         """Accuracy in percent, without its interval."""
@@ -122,8 +122,9 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     parts = [
         *head,
         f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
-        f"the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row has one seed, "
-        f"whose scatter is in none of its intervals{more}.",
+        f"the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row was trained "
+        f"with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a row sees "
+        "it, or how it is told in training what the picture shows.",
         *_cut(study, (done, *(each.values() for each in also))),
         "",
         _header("base", "row", "helper image", "seeds", "examples", "steps", "seconds", *columns),
@@ -176,6 +177,8 @@ def _latents(line: Line | None) -> str:
 def _ahead(line: Line | None, other: Line | None) -> tuple[str, str]:
     if line is None or other is None:
         return "–", "–"
+    if not (line.right()[:, None] != other.right()[None]).any():
+        return "+0.0", f"none of {line.right().shape[1]:,} examples differs"
     return _points(line.ahead(other), line.mark(other))
 
 
@@ -203,13 +206,14 @@ def _replaced(done: Sequence[Line]) -> list[str]:
         return []
     names = [name for name in REPLACEMENTS if any(name in ("self", *line.replacements()) for line in tested)]
     parts = ["", "With something else in the place of the latents:", ""]
-    parts.append(_header("base", "row", "seeds", *names, "self − best empty", "95 %", "self − oracle", "95 %"))
+    gaps = ("self − best empty", "95 %", *(("self − oracle", "95 %") if "oracle" in names else ()))
+    parts.append(_header("base", "row", "seeds", *names, *gaps))
     for line in tested:
         there = ("self", *line.replacements())
         shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
         best = line.best_empty()
-        for other, name in ((best, f" ({best})"), ("oracle" if "oracle" in there else None, "")):
-            if other is None:
+        for other, name in ((best, f" ({best})"), *([("oracle", "")] if "oracle" in names else [])):
+            if other not in there:
                 shown += ["–", "–"]
                 continue
             gain, ends = _points(line.gain(other), line.mark())
