@@ -123,8 +123,8 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         *head,
         f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
         f"the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row was trained "
-        f"with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a row sees "
-        "it, or how it is told in training what the picture shows.",
+        f"with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a row "
+        "sees it, or how it is told in training what the picture shows.",
         *_cut(study, (done, *(each.values() for each in also))),
         "",
         _header("base", "row", "helper image", "seeds", "examples", "steps", "seconds", *columns),
