@@ -51,7 +51,12 @@ STAGES = ("stage1", "stage2")
 STAGE1, TIED, BUCKETS = "stage=stage1", "model.path={folder}/tied", "train.bucket=true"
 CHECKPOINTED, PARALLEL = "train.gradient_checkpointing=true", "train.latent_iterations=2"
 TRAINED = ("model.freeze_vision=false", "model.feedback=linear")
-LORA = ("model.lora.rank=2", "model.lora.modules=[q_proj, down_proj]", "train.learning_rate=1e-2")
+LORA = (
+    "model.lora.rank=2",
+    "model.lora.modules=[q_proj, down_proj]",
+    "train.learning_rate=1e-2",
+    "model.feedback=rescaled",
+)
 SAVED = "train.save_every=3"
 LONG = ("train.max_steps=9", "train.save_every=6")  # checkpoint-6 is in the middle of the second epoch
 
@@ -232,7 +237,9 @@ def test_a_checkpoint_of_shares_is_a_whole_model(folder, shares):
     assert all(torch.equal(last[name], final[name]) for name in last)
     assert LatentVLM.from_pretrained(checkpoint).config.latent_size == 3
     adapters = load_file(folder / "shares" / "lora" / "checkpoint-3" / TRAINABLE_FILE)
-    assert adapters and all("lora_" in name or "trainable_tokens" in name for name in adapters)
+    buffers = {name for name in adapters if name.startswith("feedback.")}
+    assert buffers, "what was fitted to the data is kept beside the adapters"
+    assert all("lora_" in name or "trainable_tokens" in name for name in adapters.keys() - buffers)
 
 
 def test_copies_resume(folder, copies, alone):

@@ -92,8 +92,9 @@ class EngineConfig:
         cache_dtype: of keys and values in the cache: `float32`, `float16` or `bfloat16`; None takes the model's. Half
             precision under a float32 model halves what a step reads and what a position takes; results are then
             close to those of float32, not equal.
-        prefill_tokens: most positions, padding included, of one pass over prompts.
-        image_cache: picture features that are kept for prompts to come, in patches.
+        prefill_tokens: most positions, padding included, of one pass over prompts, and most picture tokens of one pass
+            of the vision tower, but for a single picture that is larger.
+        image_cache: picture features that are kept for prompts to come, one for each picture token.
         look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
             a look. None: each step on a CPU, every 8 elsewhere.
         native: attend by a kernel of our own. On a CPU, for a float32 model and where a C compiler is found, by a
