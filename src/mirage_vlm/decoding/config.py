@@ -97,9 +97,9 @@ class EngineConfig:
         image_cache: picture features that are kept for prompts to come, one for each picture token.
         look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
             a look. None: each step on a CPU, every 8 elsewhere.
-        native: attend by a kernel of our own. On a CPU, for a float32 model and where a C compiler is found, by a
-            small one in C, compiled on first use (a second) and kept in `~/.cache/mirage-vlm`; on CUDA by one in
-            Triton, where heads are as wide as a power of two from 16 to 128. Otherwise by torch's operations.
+        native: attend by a kernel of our own. On a CPU, where a C compiler is found, by a small one in C, compiled on
+            first use (a second) and kept in `~/.cache/mirage-vlm`; on CUDA by one in Triton, where heads are as wide as
+            a power of two from 16 to 128. Otherwise by torch's operations.
         compile: compile the decode step with `torch.compile`, which on a CPU takes half a minute or so for each of a
             few kinds of step, and pays in long runs. On CUDA one layer is compiled for all, and the step is replayed
             as a CUDA graph: rows, blocks and tables are padded to powers of two, so that there are few shapes, and
