@@ -16,6 +16,7 @@ from mirage_vlm.benchmarks.gpu import GpuSettings
 from mirage_vlm.benchmarks.harness import Disagreement, Result, Runs
 from mirage_vlm.benchmarks.memory import in_process
 from mirage_vlm.benchmarks.scaling import Point, ScalingSettings
+from mirage_vlm.benchmarks.suite import Options
 from mirage_vlm.benchmarks.train import TrainSettings, Work
 from mirage_vlm.benchmarks.workload import Endless, endless, planning
 from mirage_vlm.errors import MirageError
@@ -105,6 +106,8 @@ def test_the_ratios_of_the_full_form_are_named_as_promised():
     assert DecodeSettings().batches == DecodeSettings.quick().batches == (1, 8, 64)
     assert [case.name for case in DecodeSettings().cases] == ["bundled", "random"]
     assert TrainSettings().batch == TrainSettings.quick().batch == 16
+    quick = Options(quick=True, dtype="float32")._gpu()
+    assert quick == replace(GpuSettings.quick(), dtype="float32") != replace(GpuSettings(), dtype="float32")
 
 
 def test_decode_throughput_is_that_of_the_median(small, monkeypatch):

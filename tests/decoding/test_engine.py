@@ -304,7 +304,7 @@ def test_what_can_never_fit_is_refused_with_its_numbers(tiny, prompts):
 def test_a_fraction_of_free_memory(tiny, monkeypatch):
     from mirage_vlm.decoding import engine
 
-    monkeypatch.setattr(engine, "_free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr(engine, "free_memory", lambda _: 1 << 20)
     made = Engine(tiny, EngineConfig(memory_fraction=0.5, block_size=8))
     # keys and values, 2 layers, 1 head of width 16, float32
     assert made.pool.limit == (1 << 19) // (2 * 2 * 1 * 16 * 8 * 4)

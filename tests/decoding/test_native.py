@@ -27,7 +27,7 @@ def alone(tiny, prompts) -> list[Trajectory]:
     return [tiny.generate([prompt], max_new_tokens=TOKENS, latent_size=4)[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("size, width, each", [(32, 32, 1), (8, 64, 2), (7, 8, 3), (13, 24, 1), (1, 16, 1)])
 def test_the_kernel_reads_what_the_cache_holds(dtype, size, width, each):
     """Against a softmax written out for each row, on caches of both dtypes, with rows of any length."""
@@ -69,9 +69,9 @@ def test_the_kernel_is_used_where_it_can_be(tiny, fresh, monkeypatch):
     if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"):
         assert Engine(tiny)._native
         assert Engine(tiny, EngineConfig(cache_dtype="float16"))._native == bool(native.load().mirage_half())
+        assert Engine(tiny, EngineConfig(cache_dtype="bfloat16"))._native
+        assert Engine(fresh.to(torch.bfloat16))._native
     assert not Engine(tiny, EngineConfig(native=False))._native
-    assert not Engine(tiny, EngineConfig(cache_dtype="bfloat16"))._native
-    assert not Engine(fresh.to(torch.bfloat16))._native, "it knows float32 only"
 
 
 def test_a_kernel_that_cannot_be_built_is_told_and_done_without(tiny, prompts, alone, monkeypatch, tmp_path, caplog):

@@ -10,6 +10,7 @@ from mirage_vlm.evaluation.compare import compare, items, load_results
 from mirage_vlm.evaluation.evaluate import Scored
 from mirage_vlm.tasks.base import Score, map_of
 from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.trajectory import Trajectory, user_turn
 
 
 def results(model, outcomes, levels=(4, 5)):
@@ -34,6 +35,22 @@ def test_the_difference_is_second_minus_first_and_paired():
     assert found["by_level"]["4"]["difference"] == 0.0 and found["by_level"]["4"]["ci95"] == [0.0, 0.0]
     assert found["by_level"]["5"]["difference"] == 1.0
     assert compare(b, a)["all"]["difference"] == -0.5
+    assert found["all"]["p"] == compare(b, a)["all"]["p"] == pytest.approx(2.0**-99)
+    assert found["by_level"]["4"]["p"] == 1
+
+
+def test_levels_may_be_numbers_and_names():
+    mixed = results("a", [True] * 8, levels=("hard", 4))
+    assert list(compare(mixed, mixed)["by_level"]) == ["4", "hard"]
+
+
+def test_questions_with_one_answer_are_told_apart_by_their_words():
+    meta = {"choices": {"A": "yes", "B": "no"}, "letter": "A"}
+    asked = [
+        Trajectory((user_turn(text),), task="choice", answer="A", meta=meta) for text in ("Is it red?", "Is it far?")
+    ]
+    first, second = (item["name"] for item in items(Scored(t, Score(True, True, None, "")) for t in asked))
+    assert first != second
 
 
 def test_only_examples_of_both_count():

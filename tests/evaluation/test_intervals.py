@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.intervals import paired_bootstrap, wilson
+from mirage_vlm.evaluation.intervals import paired_bootstrap, sign_test, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(1, 10), (50, 100), (379, 400), (3, 1000)])
@@ -100,3 +100,21 @@ def test_impossible_counts(hits, n):
 def test_outcomes_without_pairs(a, b):
     with pytest.raises(MirageError, match="one length"):
         paired_bootstrap(a, b)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"), [(0, 4, 0), (4, 0, 3), (3, 12, 50), (20, 20, 0), (0, 0, 9), (40, 90, 470)]
+)
+def test_the_sign_test_is_scipys(first, second, same):
+    a = [True] * first + [False] * second + [True, False] * same
+    b = [False] * first + [True] * second + [True, False] * same
+    n = first + second
+    wanted = scipy.stats.binomtest(second, n, alternative="greater").pvalue if n else 1.0
+    assert sign_test(a, b) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_few_pairs_prove_less_than_the_bootstrap_says():
+    own, other = [True] * 24, [False] * 4 + [True] * 20
+    assert paired_bootstrap(other, own)[2] < 0 < sign_test(other, own) - 0.06
+    with pytest.raises(MirageError, match="paired outcomes must be of one length above 0, not 1 and 2"):
+        sign_test([True], [True, False])

@@ -334,6 +334,7 @@ def test_summary():
     assert (zero["n"], zero["accuracy"], zero["latent_rate"]) == (100, 0.5, 1.0)
     assert zero["difference"] == pytest.approx(-0.3)
     assert zero["difference_ci95"] == pytest.approx([-0.39, -0.21], abs=0.011)
+    assert zero["difference_p"] == pytest.approx(2**-30) and summary["self"]["difference_p"] == 1
     assert zero["ci95"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
     assert summary["remove"]["latent_rate"] == 0 and zero["tokens_per_response"] == 5
     assert zero["correct"] == "1" * 50 + "0" * 50
@@ -346,9 +347,11 @@ def test_verdict():
     line = verdict(summarise_replacements(used))
     assert line.startswith("the latents are used: ") and "zero -30.0 (" in line and "shuffle -40.0 (" in line
     line = verdict(summarise_replacements({**used, "markers": outcomes(80), "oracle": outcomes(90)}))
-    assert line == "the latents are not shown to be used: as good without them: markers +0.0 (+0.0 to +0.0)"
+    assert line == "the latents are not shown to be used: not clearly worse without them: markers +0.0 (+0.0 to +0.0)"
     line = verdict(summarise_replacements({"self": outcomes(80), "oracle": outcomes(60)}))
     assert "not shown to be used: no empty replacement was run" in line
+    line = verdict(summarise_replacements({"self": outcomes(24, n=24), "zero": outcomes(20, n=24)}))
+    assert "not clearly worse without them: zero -16.7 (" in line and line.endswith(", p = 0.06)"), "four of four"
 
 
 # -- the bundled model -----------------------------------------------------------------------------------------------

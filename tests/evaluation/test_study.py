@@ -128,9 +128,9 @@ def test_a_run_that_another_process_is_at_is_left_to_it(folder, done, capsys):
 
 def test_results_of_another_study_are_refused(folder, done, tmp_path):
     changed = {"n: 12": "n: 11", "train.learning_rate=2.0e-3": "train.learning_rate=3.0e-3"}
-    for (old, new), message in zip(
-        changed.items(), ("is of another test", "another recipe (train differ)"), strict=True
-    ):
+    changed |= {"seed: 5, max_new_tokens: 24": "seed: 5, max_new_tokens: 25", "[zero, markers]": "[zero, shuffle]"}
+    told = ("is of another test", "another recipe (train differ)", "is of another test", "has no shuffle in the place")
+    for (old, new), message in zip(changed.items(), told, strict=True):
         path = tmp_path / "study.yaml"
         path.write_text(STUDY.format(folder=folder).replace(old, new))
         study = load_study(path)
@@ -164,7 +164,7 @@ def test_a_run_whose_test_is_missing_is_only_tested(done, monkeypatch):
 
 def test_the_page_says_what_the_results_say(done):
     text = page(done, "mirage study x.yaml")
-    (row,) = [line for line in text.splitlines() if line.startswith("| P | paper | training |")]
+    (row,) = [line for line in text.splitlines() if line.startswith("| P | paper | in training |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[3:6] == ["2", "8", "4"]
     rights = [np.mean(correct(o.results)) for o in outcomes(done, done.row("paper"))]
@@ -178,17 +178,38 @@ def test_the_page_says_what_the_results_say(done):
     plain = [np.mean(correct(o.results)) for o in outcomes(done, done.row("plain"), done.also[0])]
     assert float(cells[6]) == pytest.approx(100 * (np.mean(further) - np.mean(plain)), abs=0.06)
     assert "\nWhat it says.\n" in text
-    (header,) = [line for line in text.splitlines() if line.startswith("| base | row | self |")]
-    assert header == "| base | row | self | zero | markers | self − best empty | 95 % |"
-    (tested,) = [line for line in text.splitlines() if re.match(r"\| P \| paper \| [\d.]+ \|", line)]
+    (header,) = [line for line in text.splitlines() if line.startswith("| base | row | seeds | self |")]
+    assert header.endswith("| self | zero | markers | self − best empty | 95 % |")
+    (tested,) = [line for line in text.splitlines() if re.match(r"\| P \| paper \| 2 \| [\d.]+ \|", line)]
     zero = [np.mean(correct(o.results, "zero")) for o in outcomes(done, done.row("paper"))]
     numbers = tested.strip("|").split("|")
-    assert float(numbers[3]) == pytest.approx(100 * np.mean(zero), abs=0.06)
+    assert float(numbers[4]) == pytest.approx(100 * np.mean(zero), abs=0.06)
     markers = [np.mean(correct(o.results, "markers")) for o in outcomes(done, done.row("paper"))]
     name, best = max(("zero", zero), ("markers", markers), key=lambda pair: np.mean(pair[1]))
-    gain, _, said = numbers[5].strip().partition(" ")
+    gain, _, said = numbers[6].strip().partition(" ")
     assert float(gain) == pytest.approx(100 * (np.mean(rights) - np.mean(best)), abs=0.06)
     assert said == f"({name})" or np.mean(zero) == np.mean(markers)
+    if all(correct(o.results) == correct(o.results, name) for o in outcomes(done, done.row("paper"))):
+        assert numbers[7].strip() == "none of 24 responses differs"
+
+
+def test_one_seed_is_marked_and_a_cut_is_told(done, monkeypatch):
+    text = page(done, "mirage study x.yaml")
+    (base,) = [line for line in text.splitlines() if line.startswith("| P | base | no | 1 |")]
+    run = outcomes(done, done.row("base"))[0].results
+    assert f"| {100 * run['ci95'][0]:.1f}–{100 * run['ci95'][1]:.1f} |" in base, "Wilson's; no seed trained it"
+    (plain,) = [line for line in text.splitlines() if line.startswith("| P | plain | no | 2 |")]
+    (ahead,) = [line for line in text.splitlines() if line.startswith("| P | paper − plain | 2 and 2 |")]
+    assert "†" not in plain and "†" not in ahead
+    monkeypatch.setattr(study_report, "outcomes", lambda *of: outcomes(*of)[: 1 if of[1].name == "paper" else 2])
+    text = page(done, "mirage study x.yaml")
+    (ahead,) = [line for line in text.splitlines() if line.startswith("| P | paper − plain | 1 and 2 |")]
+    (paper,) = [line for line in text.splitlines() if line.startswith("| P | paper | in training | 1 |")]
+    assert paper.count("†") == 2 and ahead.count("†") + ahead.count("differs") == 2
+    cut = {row.name: [o.results["cut_rate"] for o in outcomes(done, row)] for row in done.rows}
+    for name, rates in cut.items():
+        shown = f"`{name}` {100 * np.mean(rates[: 1 if name == 'paper' else 2]):.0f} %"
+        assert (shown in text) == (np.mean(rates[: 1 if name == "paper" else 2]) >= 0.01)
 
 
 def test_where_latents_are_consumed_the_page_says_how_often(done, monkeypatch):
@@ -204,8 +225,8 @@ def test_where_latents_are_consumed_the_page_says_how_often(done, monkeypatch):
     (header,) = [line for line in text.splitlines() if line.startswith("| base | row | helper image |")]
     assert header.endswith("| accuracy | 95 % | optimal | latents | unseen | 95 % | latents |")
     columns = [name.strip() for name in header.strip("|").split("|")]
-    for row, rate in (("plain", "0"), ("paper", "50")):
-        (line,) = [line for line in text.splitlines() if line.startswith(f"| P | {row} |") and line.count("|") > 9]
+    for row, rate in (("plain | no", "0"), ("paper | in training", "50")):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| P | {row} |")]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert len(cells) == len(columns)
         assert [cell for cell, name in zip(cells, columns, strict=True) if name == "latents"] == [rate, "0"]

@@ -52,6 +52,7 @@ STAGE1, TIED, BUCKETS = "stage=stage1", "model.path={folder}/tied", "train.bucke
 CHECKPOINTED, PARALLEL = "train.gradient_checkpointing=true", "train.latent_iterations=2"
 TRAINED = ("model.freeze_vision=false", "model.feedback=linear")
 LORA = ("model.lora.rank=2", "model.lora.modules=[q_proj, down_proj]", "train.learning_rate=1e-2")
+FITTED = (STAGE1, *LORA, "model.feedback=rescaled")  # which has a number of this run's data
 SAVED = "train.save_every=3"
 LONG = ("train.max_steps=9", "train.save_every=6")  # checkpoint-6 is in the middle of the second epoch
 
@@ -61,6 +62,7 @@ ALONE = {
     "stage2": (WHOLE,),
     "trained": (*TRAINED, WHOLE),
     "lora": (*LORA, WHOLE),
+    "fitted": (*FITTED, WHOLE),
     "tied": (TIED, WHOLE),
     "parallel": (PARALLEL, WHOLE),
     "buckets": (BUCKETS, HALF, "train.accumulate=2"),
@@ -84,10 +86,11 @@ SHARES = {
     "stage2-accumulated": (*QUARTER, CHECKPOINTED),
     "trained-accumulated": (*TRAINED, *QUARTER),
     "lora": (*LORA, HALF, SAVED),
+    "fitted": (*FITTED, HALF, SAVED),
     "tied": (TIED, HALF),
     "parallel-accumulated": (PARALLEL, *QUARTER),
 }
-RESUMED = ("stage2", "lora")  # of those with shares, each once more from its own checkpoint-3
+RESUMED = ("stage2", "lora", "fitted")  # of those with shares, each once more from its own checkpoint-3
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +234,11 @@ def test_a_checkpoint_of_shares_is_a_whole_model(folder, shares):
     assert last.keys() == final.keys()
     assert all(torch.equal(last[name], final[name]) for name in last)
     assert LatentVLM.from_pretrained(checkpoint).config.latent_size == 3
-    adapters = load_file(folder / "shares" / "lora" / "checkpoint-3" / TRAINABLE_FILE)
+    adapters, fitted = (
+        load_file(folder / "shares" / name / "checkpoint-3" / TRAINABLE_FILE) for name in ("lora", "fitted")
+    )
     assert adapters and all("lora_" in name or "trainable_tokens" in name for name in adapters)
+    assert fitted.keys() - adapters.keys() == {"feedback.size"}
 
 
 def test_copies_resume(folder, copies, alone):

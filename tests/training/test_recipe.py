@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.integrations import INTEGRATION_TO_CALLBACK as LOGGERS
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.study import load_study
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.feedback import FEEDBACKS
-from mirage_vlm.training.recipe import LoraRecipe, Recipe, load_recipe
+from mirage_vlm.training.recipe import SCHEDULERS, LoraRecipe, Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # those are accelerate's
@@ -195,6 +196,17 @@ def test_missing_keys(write):
         ("train.save_every=-1", "train.save_every: must be positive"),
         ("train.keep=0", "train.keep: must be positive"),
         ("train.learning_rate=0", "train.learning_rate: must be positive"),
+        ("train.learning_rate=.inf", "train.learning_rate: must be positive"),
+        ("train.beta2=2", "train.beta2: must be from 0 to below 1"),
+        ("train.weight_decay=-1", "train.weight_decay: must not be negative"),
+        ("train.warmup=-3", "train.warmup: must not be negative"),
+        ("train.max_grad_norm=-1", "train.max_grad_norm: must not be negative"),
+        ("train.epochs=0", "train.epochs: must be positive, or train.max_steps"),
+        ("train.scheduler=foo", f"train.scheduler: 'foo' is not one of {', '.join(SCHEDULERS)}"),
+        (
+            "train.report_to=[nolog]",
+            f"train.report_to: 'nolog' is not one of all, {', '.join(LOGGERS)}",
+        ),
     ],
 )
 def test_impossible_values(write, change, message):

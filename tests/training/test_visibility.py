@@ -1,5 +1,7 @@
 """Who may look at pictures, and whose latents are consumed: against slow passes with masks written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import batch_of, distance, gradients, ragged, slow_cross_entropy, slow_embeddings, slow_positions, split
@@ -9,8 +11,9 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.training.losses import stage1, stage2, targets_of
 from mirage_vlm.training.own import forward_own
-from mirage_vlm.training.recipe import load_recipe
+from mirage_vlm.training.recipe import DataRecipe, ModelRecipe, Recipe, TrainRecipe, load_recipe
 from mirage_vlm.training.rollout import Batch
+from mirage_vlm.training.run import train
 
 KINDS = ["bottleneck", "evict"]
 
@@ -97,6 +100,34 @@ def test_eviction_in_training_is_that_of_decoding(tiny):
         batch = Batch(ids, torch.ones_like(ids), ids, pixels, None if images is None else images.grid_thw)
         _, found = forward_own(tiny, batch, visibility="evict")
         assert distance(found[: sum(map(len, latents))], torch.cat(latents)) < 1e-4
+
+
+def test_a_checkpoint_says_that_its_pictures_leave(tiny, tmp_path):
+    """Trained with eviction, it is decoded so unless a request says otherwise."""
+    blind = LatentVLM(tiny.model, tiny.tokenizer, tiny.image_processor, replace(tiny.config, evict_images=True))
+    blind.save_pretrained(tmp_path / "blind")
+    kept = LatentVLM.from_pretrained(tmp_path / "blind")
+    options = {"max_new_tokens": 24, "engine": EngineConfig(block_size=8)}
+
+    def said(vlm, **more):
+        return [row.decoding.token_ids for row in vlm.generate(ragged(), **options, **more)]
+
+    assert kept.config.evict_images and not tiny.config.evict_images
+    assert said(kept) == said(tiny, evict_images=True) != said(tiny)
+    assert said(kept, evict_images=False) == said(tiny)
+
+
+@pytest.mark.parametrize("visibility", ["evict", "full"])
+def test_training_says_so_in_the_checkpoint(tiny, tmp_path, visibility):
+    tiny.save_pretrained(tmp_path / "base")
+    recipe = Recipe(
+        stage="stage1",
+        output_dir=str(tmp_path / "run"),
+        model=ModelRecipe(path=str(tmp_path / "base")),
+        data=(DataRecipe(task="vsp-planning", levels=(3,), n=4, style="direct"),),
+        train=TrainRecipe(max_steps=1, visibility=visibility),
+    )
+    assert LatentVLM.from_pretrained(train(recipe)).config.evict_images == (visibility == "evict")
 
 
 @pytest.mark.parametrize("iterations", [0, 9])

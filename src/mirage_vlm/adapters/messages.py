@@ -66,7 +66,7 @@ class ModelArgs:
     stop_rule: str | None = None
     max_spans: int | None = None
     max_latents: int | None = None
-    evict_images: bool = False
+    evict_images: bool | None = None
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0

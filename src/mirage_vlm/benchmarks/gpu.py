@@ -50,6 +50,11 @@ class GpuSettings:
     device: str = "cuda"
     dtype: str = "bfloat16"
 
+    @classmethod
+    def quick(cls) -> GpuSettings:
+        """Enough to see that it works."""
+        return cls(("3b",), (1, 4), (False,), new_tokens=16, train_batch=2, repetitions=1, warmups=0)
+
 
 def check_device(settings: GpuSettings) -> torch.device:
     """The device to run on.

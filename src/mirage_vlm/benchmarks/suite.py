@@ -109,7 +109,8 @@ class Options:
         return replace(settings, compiled=compiled).changed(self.new_tokens, self.repetitions)
 
     def _gpu(self) -> gpu.GpuSettings:
-        settings = replace(gpu.GpuSettings(), **self._given("device", "dtype", "repetitions", "batches"))
+        settings = gpu.GpuSettings.quick() if self.quick else gpu.GpuSettings()
+        settings = replace(settings, **self._given("device", "dtype", "repetitions", "batches"))
         if self.model in MODELS["gpu"]:
             settings = replace(settings, shapes=(self.model,))
         return settings if self.compiled is None else replace(settings, compiled=(self.compiled,))
@@ -145,13 +146,14 @@ def measure(
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """One JSON of several: their ratios in one flat object, and each whole by its name."""
+    """One JSON of several: their ratios in one flat object, and each whole by its name; the machine with its card."""
     first = parts[0]
+    last = parts[-1]  # `gpu`, where there is a card
     return {
         "benchmark": "all",
         **{key: first[key] for key in ("quick", "command", "date")},
         "seconds": round(sum(part["seconds"] for part in parts), 1),
-        **{key: first[key] for key in ("machine", "versions")},
+        **{key: last[key] for key in ("machine", "versions")},
         "ratios": {name: value for part in parts for name, value in part["ratios"].items()},
         "benchmarks": {part["benchmark"]: part for part in parts},
     }

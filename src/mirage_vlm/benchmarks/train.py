@@ -259,6 +259,8 @@ class Work:
             use_cpu=self.vlm.device.type == "cpu",
             dataloader_pin_memory=False,
         )
+        if arguments.n_gpu > 1:  # a single process would split rows among its cards
+            arguments._n_gpu = 1
         clock = _Clock(len(batches), self.vlm.device)
         trainer = make(args=arguments, train_dataset=batches, data_collator=itemgetter(0), callbacks=[clock])
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)

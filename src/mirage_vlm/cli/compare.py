@@ -53,13 +53,14 @@ def _print(found: dict[str, Any], first: Path, second: Path) -> None:
         a, b = f"{a} ({first})", f"{b} ({second})"
     title = f"A {a}, B {b}" + ("" if found["replacement"] == "self" else f", with {found['replacement']} for latents")
     table = new_table()
-    for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval"):
+    for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval", "p"):
         table.add_column(heading, justify="right")
     for name, row in [*found["by_level"].items(), ("all", found["all"])]:
         if name == "all":
             table.add_section()
         accuracies = (f"{100 * value:.1f}" for value in row["accuracy"])
-        table.add_row(name, str(row["n"]), *accuracies, f"{100 * row['difference']:+.1f}", in_points(row["ci95"]))
+        ahead = f"{100 * row['difference']:+.1f}"
+        table.add_row(name, str(row["n"]), *accuracies, ahead, in_points(row["ci95"]), f"{row['p']:.3f}")
     console = Console()
     console.print(title, highlight=False, markup=False, soft_wrap=True)  # a table folds its title to its own width
     console.print(table)

@@ -1,5 +1,5 @@
 /* Attention of one new position a row over a paged cache, on the CPU: see native.py. Queries, new keys and values and
- * the result are float32; the cache is float32 or, where the processor converts it (F16C), float16.
+ * the result are float32; the cache is float32, bfloat16 or, where the processor converts it (F16C), float16.
  *
  * One task is one row and one key-value head: it writes the new key and value to their place, then reads the
  * row's blocks once, keeping a running softmax in base 2. */
@@ -15,6 +15,10 @@
 #define MAX_SIZE 512
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4)));
+typedef uint16_t shorts __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+
+enum { FULL, HALF, BRAIN }; /* what the cache holds: float32, float16, bfloat16 */
 
 typedef struct {
     float *out;           /* [rows, heads, each, width] */
@@ -32,7 +36,7 @@ typedef struct {
     const uint8_t *hidden; /* [blocks, size] positions that an evicted row does not see, or null */
     const uint8_t *evicted; /* [rows], or null */
     int64_t rows, heads, each, width, size, most;
-    int64_t half;         /* the cache is float16 */
+    int64_t kind;         /* what the cache holds */
     float scale; /* of scores, for base 2 */
 } Step;
 
@@ -48,26 +52,35 @@ static inline float power_of_two(float x) {
     p = p * part + 2.4022640e-1f;
     p = p * part + 6.9314718e-1f;
     p = p * part + 1.0f;
-    union { float f; int32_t i; } bits = { .f = p };
-    bits.i += (int32_t)whole << 23;
-    return bits.f;
+    union { float f; int32_t i; } found = { .f = p };
+    found.i += (int32_t)whole << 23;
+    return found.f;
 }
 
 static inline vec load(const float *from) { return *(const vec *)from; }
 
 /* LANES numbers of the cache, the first of them at index `at`. */
-static inline vec cached(const void *store, int64_t at, const int half)
+static inline vec cached(const void *store, int64_t at, const int kind)
 {
+    if (kind == BRAIN) /* the upper half of a float32 */
+        return (vec)(__builtin_convertvector(*(const shorts *)((const uint16_t *)store + at), bits) << 16);
 #ifdef __F16C__
-    if (half) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)store + at)));
+    if (kind == HALF) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)store + at)));
 #endif
     return load((const float *)store + at);
 }
 
-static inline void keep(void *store, int64_t at, const float *from, int64_t width, const int half)
+static inline void keep(void *store, int64_t at, const float *from, int64_t width, const int kind)
 {
+    if (kind == BRAIN) { /* to the nearest, ties to even */
+        for (int64_t i = 0; i < width; i += LANES) {
+            const bits b = (bits)load(from + i);
+            *(shorts *)((uint16_t *)store + at + i) = __builtin_convertvector((b + 0x7fff + (b >> 16 & 1)) >> 16, shorts);
+        }
+        return;
+    }
 #ifdef __F16C__
-    if (half) {
+    if (kind == HALF) {
         for (int64_t i = 0; i < width; i += LANES)
             _mm_storeu_si128((__m128i *)((uint16_t *)store + at + i),
                              _mm256_cvtps_ph((__m256)load(from + i), _MM_FROUND_TO_NEAREST_INT));
@@ -77,9 +90,9 @@ static inline void keep(void *store, int64_t at, const float *from, int64_t widt
     memcpy((float *)store + at, from, width * sizeof(float));
 }
 
-static inline const void *where(const void *store, int64_t at, const int half)
+static inline const void *where(const void *store, int64_t at, const int kind)
 {
-    return (const char *)store + at * (half ? sizeof(uint16_t) : sizeof(float));
+    return (const char *)store + at * (kind == FULL ? sizeof(float) : sizeof(uint16_t));
 }
 
 static inline float total(vec a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
@@ -99,12 +112,12 @@ static inline vec totals(const vec *a)
 }
 
 /* One query over a row's blocks. `lanes` is width / LANES: a constant where this is inlined with one, so that the
- * query and the sums stay in registers; so is `half`. */
+ * query and the sums stay in registers; so is `kind`. */
 static inline __attribute__((always_inline)) void attend(
-    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int64_t lanes, const int half)
+    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int64_t lanes, const int kind)
 {
     const int64_t width = lanes * LANES, area = s->size * width;
-    const int64_t step = half ? 4 : 2; /* loads of a cache line */
+    const int64_t step = kind == FULL ? 2 : 4; /* loads of a cache line */
     vec q[MAX_WIDTH / LANES], sum[MAX_WIDTH / LANES];
     float weight[MAX_SIZE + LANES], top = -INFINITY, mass = 0.0f;
     for (int64_t i = 0; i < lanes; i++) { q[i] = load(query + i * LANES) * s->scale; sum[i] = (vec){0}; }
@@ -114,24 +127,24 @@ static inline __attribute__((always_inline)) void attend(
         if (fill <= 0) { if (mine) continue; else break; }
         if (fill > s->size) fill = s->size;
         const int64_t b = s->table[row * s->most + j];
-        const void *k = where(s->keys, (b * s->heads + head) * area, half);
-        const void *v = where(s->values, (b * s->heads + head) * area, half);
+        const void *k = where(s->keys, (b * s->heads + head) * area, kind);
+        const void *v = where(s->values, (b * s->heads + head) * area, kind);
         const uint8_t *unseen = s->hidden && !mine && s->evicted[row] ? s->hidden + b * s->size : 0;
         int64_t t = 0;
         for (; t + LANES <= s->size && t < fill; t += LANES) { /* what lies beyond `fill` is scored and not looked at */
             vec a[LANES];
             #pragma GCC unroll 8
             for (int u = 0; u < LANES; u++) {
-                a[u] = q[0] * cached(k, (t + u) * width, half);
-                for (int64_t i = 1; i < lanes; i++) a[u] += q[i] * cached(k, (t + u) * width + i * LANES, half);
+                a[u] = q[0] * cached(k, (t + u) * width, kind);
+                for (int64_t i = 1; i < lanes; i++) a[u] += q[i] * cached(k, (t + u) * width + i * LANES, kind);
                 for (int64_t i = 0; i < lanes; i += step) /* a block is a page: help over its edge */
-                    __builtin_prefetch(where(v, (t + u) * width + i * LANES, half));
+                    __builtin_prefetch(where(v, (t + u) * width + i * LANES, kind));
             }
             *(vec *)(weight + t) = totals(a);
         }
         for (; t < fill; t++) {
-            vec a = q[0] * cached(k, t * width, half);
-            for (int64_t i = 1; i < lanes; i++) a += q[i] * cached(k, t * width + i * LANES, half);
+            vec a = q[0] * cached(k, t * width, kind);
+            for (int64_t i = 1; i < lanes; i++) a += q[i] * cached(k, t * width + i * LANES, kind);
             weight[t] = total(a);
         }
         if (unseen)
@@ -152,11 +165,11 @@ static inline __attribute__((always_inline)) void attend(
         }
         mass += added;
         const int64_t after = j + 1 < s->most ? s->table[row * s->most + j + 1] : b;
-        const void *next = where(s->keys, (after * s->heads + head) * area, half);
+        const void *next = where(s->keys, (after * s->heads + head) * area, kind);
         for (t = 0; t < fill; t++)
             for (int64_t i = 0; i < lanes; i++) {
-                sum[i] += weight[t] * cached(v, t * width + i * LANES, half);
-                if (i % step == 0) __builtin_prefetch(where(next, t * width + i * LANES, half));
+                sum[i] += weight[t] * cached(v, t * width + i * LANES, kind);
+                if (i % step == 0) __builtin_prefetch(where(next, t * width + i * LANES, kind));
             }
     }
     const float scale = mass > 0.0f ? 1.0f / mass : 0.0f;
@@ -164,12 +177,12 @@ static inline __attribute__((always_inline)) void attend(
 }
 
 static inline __attribute__((always_inline)) void attend_any(
-    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int half)
+    const Step *s, int64_t row, int64_t head, const float *query, float *out, const int kind)
 {
     switch (s->width) {
-        case 32: attend(s, row, head, query, out, 4, half); break;
-        case 64: attend(s, row, head, query, out, 8, half); break;
-        default: attend(s, row, head, query, out, s->width / LANES, half);
+        case 32: attend(s, row, head, query, out, 4, kind); break;
+        case 64: attend(s, row, head, query, out, 8, kind); break;
+        default: attend(s, row, head, query, out, s->width / LANES, kind);
     }
 }
 
@@ -189,13 +202,16 @@ void mirage_attend(const Step *s, int threads)
     for (int64_t task = 0; task < s->rows * s->heads; task++) {
         const int64_t row = task / s->heads, head = task % s->heads, width = s->width;
         const int64_t place = ((s->block[row] * s->heads + head) * s->size + s->offset[row]) * width;
-        keep(s->keys, place, s->fresh_k + task * width, width, s->half);
-        keep(s->values, place, s->fresh_v + task * width, width, s->half);
+        keep(s->keys, place, s->fresh_k + task * width, width, s->kind);
+        keep(s->values, place, s->fresh_v + task * width, width, s->kind);
         for (int64_t g = 0; g < s->each; g++) {
             const float *query = s->query + (task * s->each + g) * width;
             float *out = s->out + (task * s->each + g) * width;
-            if (s->half) attend_any(s, row, head, query, out, 1);
-            else attend_any(s, row, head, query, out, 0);
+            switch (s->kind) {
+                case HALF: attend_any(s, row, head, query, out, HALF); break;
+                case BRAIN: attend_any(s, row, head, query, out, BRAIN); break;
+                default: attend_any(s, row, head, query, out, FULL);
+            }
         }
     }
 }

@@ -34,7 +34,7 @@ class GenerationConfig:
             decoded beside it.
         seeds: a seed for each response of the call, instead of `seed`.
         evict_images: when a span closes, the prompt's pictures leave the cache: `latent_end` and everything after it
-            attend to text and latents only. Positions of what stays do not change.
+            attend to text and latents only. Positions of what stays do not change. None: as the checkpoint was trained.
         logprobs: keep the log-probability of every token that was chosen.
         return_latents: keep the latent vectors on the returned spans, in float32 unless `latent_dtype` says otherwise.
         latent_dtype: `float32`, or `model` for the model's own.
@@ -56,7 +56,7 @@ class GenerationConfig:
     n: int = 1
     seed: int = 0
     seeds: Sequence[int] | None = None
-    evict_images: bool = False
+    evict_images: bool | None = None
     logprobs: bool = False
     return_latents: bool = True
     latent_dtype: str = "float32"
@@ -92,13 +92,14 @@ class EngineConfig:
         cache_dtype: of keys and values in the cache: `float32`, `float16` or `bfloat16`; None takes the model's. Half
             precision under a float32 model halves what a step reads and what a position takes; results are then
             close to those of float32, not equal.
-        prefill_tokens: most positions, padding included, of one pass over prompts.
-        image_cache: picture features that are kept for prompts to come, in patches.
+        prefill_tokens: most positions, padding included, of one pass over prompts, and most picture tokens of one pass
+            of the vision tower, but for a single picture that is larger.
+        image_cache: picture features that are kept for prompts to come, one for each picture token.
         look_every: decode steps between two looks of the host. A row that is done leaves, and a waiting one joins, at
             a look. None: each step on a CPU, every 8 elsewhere.
-        native: attend by a kernel of our own. On a CPU, for a float32 model and where a C compiler is found, by a
-            small one in C, compiled on first use (a second) and kept in `~/.cache/mirage-vlm`; on CUDA by one in
-            Triton, where heads are as wide as a power of two from 16 to 128. Otherwise by torch's operations.
+        native: attend by a kernel of our own. On a CPU, where a C compiler is found, by a small one in C, compiled on
+            first use (a second) and kept in `~/.cache/mirage-vlm`; on CUDA by one in Triton, where heads are as wide as
+            a power of two from 16 to 128. Otherwise by torch's operations.
         compile: compile the decode step with `torch.compile`, which on a CPU takes half a minute or so for each of a
             few kinds of step, and pays in long runs. On CUDA one layer is compiled for all, and the step is replayed
             as a CUDA graph: rows, blocks and tables are padded to powers of two, so that there are few shapes, and

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from mirage_vlm.decoding import native
@@ -18,6 +17,7 @@ from mirage_vlm.decoding.blocks import run_paged
 from mirage_vlm.decoding.compiled import compiled
 from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
 from mirage_vlm.decoding.graphs import Logged, StepGraphs, cuda_capture
+from mirage_vlm.decoding.memory import free_memory
 from mirage_vlm.decoding.plan import NativePlan, Plan, make_native_plan, make_plan
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
 from mirage_vlm.decoding.prompts import Prompt, Reader
@@ -57,7 +57,7 @@ class Engine:
         size = config.block_size
         dtype = vlm.model.dtype if config.cache_dtype is None else getattr(torch, config.cache_dtype)
         if config.max_batch_tokens is None:
-            room = config.memory_fraction * _free_memory(self.device)
+            room = config.memory_fraction * free_memory(self.device)
             limit = int(room / BlockPool.bytes_per_block(text, size, dtype))
         else:
             limit = config.max_batch_tokens // size
@@ -111,14 +111,24 @@ class Engine:
             The request's number, which its events bear.
 
         Raises:
-            MirageError: a picture cannot be read, or the prompt with its response can never fit.
+            MirageError: a picture cannot be read, the prompt with its response can never fit, seeds are not one for
+                each response or too large, or an empty response is to be replayed.
         """
         config = replace(config or GenerationConfig(), **changes)  # type: ignore[arg-type]
+        if config.evict_images is None:
+            config = replace(config, evict_images=self.vlm.config.evict_images)
         source = prompt if isinstance(prompt, Trajectory) else Trajectory(tuple(prompt))
         if replay is not None:
             if replay.decoding is None:
                 raise MirageError("only a decoded trajectory can be replayed; this one has no token ids")
-            config = replace(config, max_new_tokens=max(1, len(forced_tokens(self.vlm, replay))))
+            if not (forced := forced_tokens(self.vlm, replay)):
+                raise MirageError("an empty response cannot be replayed")
+            config = replace(config, max_new_tokens=len(forced))
+        seeds = [config.seed + i for i in range(config.n)] if config.seeds is None else list(config.seeds)
+        if len(seeds) != config.n:
+            raise MirageError(f"got {len(seeds)} seeds for {config.n} responses")
+        if not all(-(2**63) <= seed < 2**63 for seed in seeds):
+            raise MirageError(f"seeds must fit into 64 bits: {', '.join(map(str, seeds))}")
         ids, pictures = encoded or self.vlm.encoder.prompt(source.prompt)
         context = self.vlm.family.max_positions
         if len(ids) + config.max_new_tokens > context:
@@ -135,9 +145,8 @@ class Engine:
             )
         request = next(self._requests)
         shared_prompt = Prompt(source, ids, pictures, waiting=config.n)
-        for sample in range(config.n):
+        for sample, seed in enumerate(seeds):
             index = next(self._responses)
-            seed = config.seed + sample if config.seeds is None else config.seeds[sample]
             response = Response(
                 self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own, quiet=quiet
             )
@@ -186,17 +195,22 @@ class Engine:
             reserved += need
             new[id(prompt)] = prompt
             wave.append(response)
-        few = self.active and len(wave) < min(len(self.queue), max(1, self.config.max_rows // 8))
+        few = len(wave) < min(len(self.queue), len(self.active) // 8)
         if not wave or few:  # a pass over a handful of prompts costs nearly as much as over many
             return []
+        unread = [prompt for prompt in new.values() if not prompt.blocks]
+        before, self.pool.reserved = self.pool.reserved, reserved
+        try:
+            self.reader.read(unread)
+            fresh = new_rows(self.vlm, wave)
+            step = Logged(*self._chooser(wave)(fresh), inputs=None, consumed=False)
+        except BaseException:  # memory, for one: all still wait, and what has been read of them stays so
+            self.pool.reserved = before + sum(self.reader.kept(prompt) for prompt in unread)
+            raise
         for response in wave:
             self.queue.popleft()
             response.prompt.waiting -= 1
             response.prompt.rows += 1
-        self.pool.reserved = reserved
-        self.reader.read([prompt for prompt in new.values() if not prompt.blocks])
-        fresh = new_rows(self.vlm, wave)
-        step = Logged(*self._chooser(wave)(fresh), inputs=None, consumed=False)
         self.rows = fresh if self.rows is None else self.rows.join(fresh)
         self.active += wave
         self._plan = None
@@ -257,7 +271,8 @@ class Engine:
         if rows.given.shape[1]:
             which = (rows.latents - 1).clamp(min=0, max=rows.given.shape[1] - 1)
             given = rows.given[torch.arange(len(rows), device=self.device), which]
-            inputs = torch.where((thinking & (rows.latents <= rows.given_count)).unsqueeze(1), given, inputs)
+            held = rows.held.gather(1, which.unsqueeze(1)) & (rows.latents <= rows.held.shape[1]).unsqueeze(1)
+            inputs = torch.where(thinking.unsqueeze(1) & held, given, inputs)
         if any(response.config.latent_hook for response in self.active):
             inputs = self._hooked(inputs, thinking, rows)
         place = torch.div(rows.length, self.pool.size, rounding_mode="floor").clamp(max=plan.own.shape[1] - 1)
@@ -345,6 +360,10 @@ class Engine:
             self.active = [self.active[i] for i in staying]
             assert self.rows is not None
             self.rows = self.rows.pick(torch.tensor(staying, dtype=torch.long, device=self.device))
+            self.rows = self.rows.narrowed(
+                any(response.replay is not None for response in self.active),
+                max((len(p) for r in self.active if (p := r.prompt.patches) is not None), default=0),
+            )
             self._plan = None
         blind = {id(r.prompt): r.prompt for r in self.active if r.evicted and not r.prompt.blind}
         for prompt in blind.values():
@@ -358,10 +377,3 @@ class Engine:
             self.pool.give_back(prompt.blocks)
             self.pool.reserved -= len(prompt.blocks)
             prompt.blocks = []
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

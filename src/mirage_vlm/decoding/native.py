@@ -2,7 +2,8 @@
 
 torch has no attention over a paged cache, and what `blocks` composes of its operations passes over memory several
 times. The kernels read each key and value once. That of the CPU, `attend.c`, is compiled on first use where a C
-compiler is found, and knows models in float32 with a cache in float32 or float16; that of CUDA is in `triton_kernels`.
+compiler is found, computes in float32, and reads a cache in float32, bfloat16 or float16; that of CUDA is in
+`triton_kernels`.
 Elsewhere the engine uses torch's operations; tests hold all of them together.
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("attend.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 LARGEST = 512  # of a block and of a head, as in the source
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of the cache, as in the source
 
 
 class _Arguments(ctypes.Structure):
@@ -80,11 +82,11 @@ def usable(pool: BlockPool, dtype: torch.dtype) -> bool:
     *_, size, width = pool.shape
     if pool.device.type == "cuda":
         return 16 <= width <= 128 and width & (width - 1) == 0 and load_triton()  # more needs too much shared memory
-    fits = width % 8 == 0 and pool.device.type == "cpu" and dtype == torch.float32 and max(size, width) <= LARGEST
-    if not fits or pool.dtype not in (torch.float32, torch.float16):
+    fits = width % 8 == 0 and pool.device.type == "cpu" and max(size, width) <= LARGEST
+    if not fits or pool.dtype not in KINDS or dtype not in KINDS:
         return False
     kernel = load()
-    return kernel is not None and (pool.dtype == torch.float32 or bool(kernel.mirage_half()))
+    return kernel is not None and (pool.dtype != torch.float16 or bool(kernel.mirage_half()))
 
 
 @cache
@@ -185,15 +187,16 @@ def _attend(
     assert kernel is not None
     rows, heads, _, width = query.shape
     groups = key.shape[1]
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    dtype = query.dtype
+    query, key, value = (tensor.float().contiguous() for tensor in (query, key, value))
     found = query.new_empty(rows, 1, heads, width)
     tensors = (found, query, key, value, keys, values, table, own, length, shared, block, offset, hidden, evicted)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    sizes = (rows, groups, heads // groups, width, keys.shape[2], table.shape[1], keys.dtype == torch.float16)
+    sizes = (rows, groups, heads // groups, width, keys.shape[2], table.shape[1], KINDS[keys.dtype])
     arguments = _Arguments(*pointers, *sizes, scale)
     few = table.numel() < 32  # waking threads would cost more than the work
     kernel.mirage_attend(ctypes.byref(arguments), 1 if few else torch.get_num_threads())
-    return found
+    return found.to(dtype)
 
 
 # The same as an operator of torch, for the compiled step. Defined by schema: the decorator for custom operators adds

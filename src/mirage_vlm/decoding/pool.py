@@ -97,9 +97,10 @@ class BlockPool:
         assert new >= old + more, "more blocks are taken than were reserved"
 
         def longer(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.cat([tensor, tensor.new_zeros(new - old, *tensor.shape[1:])])
+            return torch.cat([tensor, tensor.new_zeros(new - len(tensor), *tensor.shape[1:])])
 
-        self.layers = [(longer(keys), longer(values)) for keys, values in self.layers]
+        for i, (keys, values) in enumerate(self.layers):  # one after the other, so that little is there twice
+            self.layers[i] = longer(keys), longer(values)
         self.images = longer(self.images)
         self.blocks = new
         for block in range(old, new):

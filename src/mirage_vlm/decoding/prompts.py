@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -60,13 +60,13 @@ class Reader:
     """Reads prompts into the cache: pictures of many in one vision pass, text in passes of similar lengths.
 
     Args:
-        most_tokens: positions of one pass, padding included.
-        most_patches: picture features kept for prompts to come.
+        most_tokens: positions of one pass over prompts, padding included, and picture tokens of one over pictures.
+        most_features: picture features, one for each picture token, kept for prompts to come.
     """
 
-    def __init__(self, vlm: LatentVLM, pool: BlockPool, most_tokens: int, most_patches: int):
+    def __init__(self, vlm: LatentVLM, pool: BlockPool, most_tokens: int, most_features: int):
         self.vlm, self.pool = vlm, pool
-        self.most_tokens, self.most_patches = most_tokens, most_patches
+        self.most_tokens, self.most_features = most_tokens, most_features
         self.known: OrderedDict[str, torch.Tensor] = OrderedDict()  # picture -> features [n, D]
 
     def read(self, prompts: Sequence[Prompt]) -> None:
@@ -83,8 +83,15 @@ class Reader:
             batch.append(i)
         if batch:
             self._pass([prompts[j] for j in batch], [features[j] for j in batch])
-        while sum(map(len, self.known.values())) > self.most_patches:
+        while sum(map(len, self.known.values())) > self.most_features:
             self.known.popitem(last=False)
+
+    def kept(self, prompt: Prompt) -> int:
+        """After a failure: how many blocks a prompt keeps, all of them if it was read before that, else none."""
+        if prompt.hidden is None:
+            self.pool.give_back(prompt.blocks)
+            prompt.blocks = []
+        return len(prompt.blocks)
 
     def _pass(self, prompts: Sequence[Prompt], features: Sequence[list[torch.Tensor]]) -> None:
         """One forward pass over right-padded prompts."""
@@ -119,7 +126,7 @@ class Reader:
             prompt.hidden, prompt.position, prompt.pictures = state, position, None
 
     def _features(self, prompts: Sequence[Prompt]) -> list[list[torch.Tensor]]:
-        """Features of each prompt's pictures; every picture that is not known goes through one vision pass."""
+        """Features of each prompt's pictures; those that are not known go through the tower together."""
         names: list[tuple[str, ...]] = []
         fresh: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for pictures in (prompt.pictures for prompt in prompts):
@@ -128,11 +135,25 @@ class Reader:
                 pixels = pictures.pixel_values.split(pictures.grid_thw.prod(dim=1).tolist())
                 each = zip(names[-1], zip(pixels, pictures.grid_thw, strict=True), strict=True)
                 fresh |= {name: picture for name, picture in each if name not in self.known}
-        if fresh:
-            pixels, grids = zip(*fresh.values(), strict=True)
+        for some in self._passes(fresh):
+            pixels, grids = zip(*(fresh[name] for name in some), strict=True)
             device = self.vlm.device
-            made = self.vlm.image_features(torch.cat(pixels).to(device), torch.stack(grids).to(device), list(fresh))
-            self.known.update(zip(fresh, made, strict=True))
+            made = self.vlm.image_features(torch.cat(pixels).to(device), torch.stack(grids).to(device), some)
+            self.known.update(zip(some, made, strict=True))
         for name in (name for prompt in names for name in prompt):
             self.known.move_to_end(name)
         return [[self.known[name] for name in prompt] for prompt in names]
+
+    def _passes(self, fresh: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[list[str]]:
+        """Names of pictures for one vision pass each: as many as there is room for, and at least one."""
+        batch: list[str] = []
+        tokens = 0
+        for name, (_, grid) in fresh.items():
+            height, width = self.vlm.family.merged_grid(grid)
+            if batch and tokens + height * width > self.most_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(name)
+            tokens += height * width
+        if batch:
+            yield batch

@@ -119,7 +119,7 @@ class Response:
             events = [*self._piece(whole=True), SpanOpened(self.request, self.sample)]
             self.spans.append([])
         elif entry == latent.end_id:
-            self.evicted = self.config.evict_images
+            self.evicted = bool(self.config.evict_images)
             events = [SpanClosed(self.request, self.sample, len(self.spans[-1]))]
         elif entry == latent.pad_id:
             self.thinking = True

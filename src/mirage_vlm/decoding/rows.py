@@ -6,7 +6,7 @@ the limits are decided here, without asking the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +44,7 @@ class Rows:
         evicted: [B] the prompt's pictures are out of sight.
         k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, noise, seed, evict: [B] as asked for.
         forced: [B, F] tokens of a replay, −1 after its end.
-        given: [B, L, D] latents of a replay, and [B] `given_count` of them.
+        given: [B, L, D] latents of a replay, in order, and [B, L] in `held` which of them it holds.
         patches: [B, N, D] features of the prompt's pictures, and [B] `patch_count` of them; N = 0 where the feedback
             does not read them.
     """
@@ -72,7 +72,7 @@ class Rows:
     evict: torch.Tensor
     forced: torch.Tensor
     given: torch.Tensor
-    given_count: torch.Tensor
+    held: torch.Tensor
     patches: torch.Tensor
     patch_count: torch.Tensor
 
@@ -87,6 +87,12 @@ class Rows:
     def pick(self, index: torch.Tensor) -> Rows:
         """The rows at `index`, in its order."""
         return Rows(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def narrowed(self, replays: bool, patches: int) -> Rows:
+        """The same rows without the room of those that have left: for replays, if none stays, and for more patches."""
+        most = {} if replays else {"forced": 0, "given": 0, "held": 0}
+        most["patches"] = patches
+        return replace(self, **{name: getattr(self, name)[:, :width] for name, width in most.items()})
 
     def padded(self, count: int, patches: int) -> Rows:
         """These rows and idle ones up to `count`, with room for so many patches, in memory of their own."""
@@ -112,6 +118,9 @@ class Rows:
             if f.name == "forced":
                 width = max(ours.shape[1], theirs.shape[1])
                 ours, theirs = (F.pad(t, (0, width - t.shape[1]), value=NOTHING) for t in (ours, theirs))
+            if f.name == "held":
+                width = max(ours.shape[1], theirs.shape[1])
+                ours, theirs = (F.pad(t, (0, width - t.shape[1])) for t in (ours, theirs))
             if f.name in ("given", "patches"):
                 width = max(ours.shape[1], theirs.shape[1])
                 ours, theirs = (F.pad(t, (0, 0, 0, width - t.shape[1])) for t in (ours, theirs))
@@ -135,13 +144,15 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
 
     nothing = torch.zeros(len(wave), dtype=torch.long, device=device)
     forced = [[] if r.replay is None else forced_tokens(vlm, r.replay) for r in wave]
-    given = [_given(r.replay) for r in wave]
+    given = [[] if r.replay is None else _given(r.replay, width) for r in wave]
     longest = max(map(len, forced))
     most = max(map(len, given))
     latents = torch.zeros(len(wave), most, width, dtype=vlm.model.dtype, device=device)
+    held = torch.zeros(len(wave), most, dtype=torch.bool, device=device)
     for row, vectors in enumerate(given):
-        if len(vectors):
-            latents[row, : len(vectors)] = vectors.to(latents)
+        for place, vector in enumerate(vectors):
+            if vector is not None:
+                latents[row, place], held[row, place] = vector.to(latents), True
     patches = [r.prompt.patches if r.prompt.patches is not None else latents.new_zeros(0, width) for r in wave]
     return Rows(
         hidden=torch.stack([r.prompt.hidden for r in wave]),  # type: ignore[misc]
@@ -164,10 +175,10 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         top_k=numbers([c.top_k for c in configs]),
         noise=reals([c.latent_noise for c in configs]),
         seed=numbers([r.seed for r in wave]),
-        evict=numbers([c.evict_images for c in configs], torch.bool),
+        evict=numbers([bool(c.evict_images) for c in configs], torch.bool),
         forced=numbers([f + [NOTHING] * (longest - len(f)) for f in forced]).view(len(wave), longest),
         given=latents,
-        given_count=numbers([len(vectors) for vectors in given]),
+        held=held,
         patches=pad_sequence(patches, batch_first=True),
         patch_count=numbers([len(own) for own in patches]),
     )
@@ -187,10 +198,12 @@ def forced_tokens(vlm: LatentVLM, replay: Trajectory) -> list[int]:
     return [*decoding.token_ids, vlm.tokenizer.eos_token_id if decoding.stop_id is None else decoding.stop_id]
 
 
-def _given(replay: Trajectory | None) -> torch.Tensor:
-    """[L, D] the latents of a replay, as far as it holds them."""
-    spans = [] if replay is None else [span.latents for span in replay.spans if span.latents is not None]
-    return torch.cat(spans) if spans else torch.zeros(0, 0)
+def _given(replay: Trajectory, width: int) -> list[torch.Tensor | None]:
+    """The latents of a replay in order, [D] each; None for those that it does not hold, which are the model's own."""
+    found: list[torch.Tensor | None] = []
+    for span in replay.spans:
+        found += [None] * (span.k or 0) if span.latents is None else list(span.latents.view(-1, width))
+    return found
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ def allowed(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> t
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """[n, V] logits and [n] numbers in [0, 1) → [n] tokens: that in whose stretch of the heaped-up chances it falls."""
     heaped = logits.softmax(dim=-1).cumsum(dim=-1)
+    if heaped.device.type != "cpu":  # a parallel scan falls by an ulp now and then; a token without chance could be met
+        heaped = heaped.cummax(dim=-1).values
     total = heaped[:, -1]
     mark = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return (heaped <= mark.unsqueeze(1)).sum(dim=-1)

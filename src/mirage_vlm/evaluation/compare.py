@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.intervals import paired_bootstrap
+from mirage_vlm.evaluation.intervals import paired_bootstrap, sign_test
 from mirage_vlm.trajectory import Text, Trajectory
 
 if TYPE_CHECKING:
@@ -37,13 +37,19 @@ def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
 def name_of(trajectory: Trajectory) -> str:
     """A name made of the question and what is known of it, not of the style of its prompt.
 
-    So the same map has the same name in evaluations of a direct and of a step-by-step model.
+    So the same map has the same name in evaluations of a direct and of a step-by-step model. The words of the question
+    count only where nothing else is known that tells it from others: no map, no id, and not made by a task of ours.
     """
     meta = {key: value for key, value in trajectory.meta.items() if key != "style"}
     known: dict[str, Any] = {"task": trajectory.task, "answer": trajectory.answer, "meta": meta}
-    if not meta:
+    if not {"map", "id", "style"} & trajectory.meta.keys():
         known["prompt"] = prompt_texts(trajectory)
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def level_order(level: Any) -> tuple[bool, Any]:
+    """A key to sort levels by: numbers first, then names."""
+    return isinstance(level, str), level
 
 
 def prompt_texts(trajectory: Trajectory) -> list[str]:
@@ -103,8 +109,8 @@ def compare(
         rounds, seed: of the paired bootstrap.
 
     Returns:
-        `all` and one entry for each level: `n`, the two accuracies, `difference` and `ci95` of it; and under `apart`
-        the examples that only one of the two holds.
+        `all` and one entry for each level: `n`, the two accuracies, `difference` and `ci95` of it, and `p` that they
+        are equally good (two-sided, of `sign_test`); and under `apart` the examples that only one of the two holds.
 
     Raises:
         MirageError: they have no example in common.
@@ -112,7 +118,10 @@ def compare(
     ours, theirs = ({item["name"]: item for item in results["items"]} for results in (first, second))
     common = [name for name in ours if name in theirs]
     if not common:
-        raise MirageError("the two evaluations have no example in common; run both on the same data, levels and seed")
+        raise MirageError(
+            "the two evaluations have no example in common; run both on the same data, levels and seed, and "
+            "examples made with --task in the same --style: each style draws its own"
+        )
 
     def measured(names: Sequence[str]) -> dict[str, Any]:
         a, b = ([side[name]["correct"] for name in names] for side in (ours, theirs))
@@ -123,9 +132,10 @@ def compare(
             "accuracy": [sum(a) / n, sum(b) / n],
             "difference": difference,
             "ci95": [low, high],
+            "p": min(1.0, 2 * min(sign_test(a, b), sign_test(b, a))),
         }
 
-    levels = sorted({ours[name]["level"] for name in common if "level" in ours[name]})
+    levels = sorted({ours[name]["level"] for name in common if "level" in ours[name]}, key=level_order)
     return {
         "models": [first.get("model"), second.get("model")],
         "all": measured(common),

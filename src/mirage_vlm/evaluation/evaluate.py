@@ -15,6 +15,7 @@ import torch
 from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.decoding.generate import responses
 from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.compare import level_order
 from mirage_vlm.evaluation.intervals import wilson
 from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.formats import atomic_writer
@@ -137,7 +138,7 @@ def _by_level(scored: Sequence[Scored]) -> dict[str, Any]:
     levels = {s.trajectory.meta["level"] for s in scored if "level" in s.trajectory.meta}
     return {
         str(level): measures([s for s in scored if s.trajectory.meta.get("level") == level])
-        for level in sorted(levels, key=lambda level: (isinstance(level, str), level))
+        for level in sorted(levels, key=level_order)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -51,6 +52,27 @@ def paired_bootstrap(
     drawn = np.random.default_rng(seed).multinomial(len(differences), shares / shares.sum(), size=rounds)
     low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / len(differences), [(1 - level) / 2, (1 + level) / 2])
     return float(differences.mean()), float(low), float(high)
+
+
+def sign_test(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """How likely so many pairs, or more, are right in `b` alone if neither is better: the exact test of McNemar (1947).
+
+    Of the pairs that differ each is then as likely one way as the other. One-sided; the test of "they are equally good"
+    against either has twice the smaller of the two ways round, at most 1. Unlike a bootstrap interval, which knows no
+    other pairs than those that were seen, it is exact for few of them: after 4 of 4 it is 0.06.
+
+    Returns:
+        p, 1 where no pair differs.
+
+    Raises:
+        MirageError: the two are of different lengths, or empty.
+    """
+    if len(a) != len(b) or not len(a):
+        raise MirageError(f"paired outcomes must be of one length above 0, not {len(a)} and {len(b)}")
+    first = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
+    second = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
+    n = first + second
+    return sum(comb(n, k) for k in range(second, n + 1)) / 2**n
 
 
 def in_points(interval: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ import torch
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.evaluate import Scored, evaluate, measures
-from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap
+from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap, sign_test
 from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.modeling.encoding import boxes
 from mirage_vlm.modeling.pooling import pool, span_length
@@ -335,7 +335,8 @@ def summarise_replacements(results: Mapping[str, Sequence[Scored]], seed: int = 
 
     Returns:
         For each replacement what `measures` gives, `difference` (its accuracy − that of `self`, example by example)
-        with `difference_ci95`, and `correct`, a 1 or 0 for each example in order.
+        with `difference_ci95`, `difference_p` (of `sign_test`, that it is worse), and `correct`, a 1 or 0 for each
+        example in order.
     """
     own = [each.score.correct for each in results["self"]]
     summary = {}
@@ -346,15 +347,17 @@ def summarise_replacements(results: Mapping[str, Sequence[Scored]], seed: int = 
             **measures(scored),
             "difference": difference,
             "difference_ci95": [low, high],
+            "difference_p": sign_test(right, own),
             "correct": "".join(str(int(hit)) for hit in right),
         }
     return summary
 
 
 def verdict(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line: whether every empty replacement that was run is worse, with an interval that excludes 0.
+    """One line: whether every empty replacement that was run is worse: its interval excludes 0, and p < 0.025.
 
-    All of them must be, so no correction for the number of replacements is needed.
+    The interval is of the bootstrap, which few examples can deceive; p of the exact test (`sign_test`), one-sided. All
+    of them must be worse, so no correction for the number of replacements is needed.
     """
     not_shown = "the latents are not shown to be used: "
     if not summary["self"]["latent_rate"]:
@@ -362,15 +365,20 @@ def verdict(summary: Mapping[str, Mapping[str, Any]]) -> str:
     tried = [name for name in summary if REPLACEMENTS[name].empty]
     if not tried:
         return not_shown + "no empty replacement was run (zero, shuffle, ...)"
-    as_good = [name for name in tried if summary[name]["difference_ci95"][1] >= 0]
+    as_good = [name for name in tried if not _worse(summary[name])]
     shown = [f"{name} {_points(summary[name])}" for name in (as_good or tried)]
     if as_good:
-        return f"{not_shown}as good without them: {', '.join(shown)}"
+        return f"{not_shown}not clearly worse without them: {', '.join(shown)}"
     return f"the latents are used: worse without them: {', '.join(shown)}"
 
 
+def _worse(row: Mapping[str, Any]) -> bool:
+    return bool(row["difference_ci95"][1] < 0 and row["difference_p"] < 0.025)
+
+
 def _points(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['difference']:+.1f} ({in_points(row['difference_ci95'])})"
+    unsure = "" if _worse(row) or row["difference_ci95"][1] >= 0 else f", p = {row['difference_p']:.2f}"
+    return f"{100 * row['difference']:+.1f} ({in_points(row['difference_ci95'])}{unsure})"
 
 
 def _label(example: Trajectory) -> str:

@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
 
 RESULTS = "results.json"
-HELPER = ("no", "training", "both")  # where a row sees the helper image
+HELPER = {  # what a row is told of what the helper image shows, and how a table says so
+    "no": "no",
+    "words": "no (in words)",
+    "regions": "no (as regions)",
+    "training": "in training",
+    "both": "in training and test",
+}
 
 
 class Taken(MirageError):
@@ -79,7 +85,8 @@ class Row:
         style: of the responses it is trained on and tested with.
         recipes: files, each starting from the model of the one before; none = the base as it is, for one seed.
         about: one line for readers.
-        helper: where it sees the helper image: `no`, in `training`, or in `both` training and test.
+        helper: where it sees the helper image: `no`, in `training`, or in `both` training and test; or what it is told
+            in training in its place: the same in `words`, or as `regions` of the prompt's picture.
         overrides: of every recipe, as on the command line.
         replacements: names for the replacement test; none = it is not run.
         against: names of rows that it is compared with.
@@ -280,8 +287,11 @@ def _load_done(row: Row, recipes: Sequence[Recipe], file: Path, test: Test) -> d
     for recipe in recipes:
         _check_recipe(recipe)
     results = json.loads(file.read_text(encoding="utf-8"))
-    if results["data"] != _origin(row, test):
+    if results["data"] != _origin(row, test) or results["generation"]["max_new_tokens"] != test.max_new_tokens:
         raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
+    wanted = chosen(row.replacements) if row.replacements and not test.name else ()
+    if lacking := [name for name in wanted if name not in results.get("replacements", {})]:
+        raise MirageError(f"{file}: has no {', '.join(lacking)} in the place of latents; remove it to test anew")
     return results
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mirage_vlm.evaluation.intervals import ahead_over_seeds, in_points, over_seeds
+from mirage_vlm.evaluation.intervals import ahead_over_seeds, in_points, over_seeds, wilson
 from mirage_vlm.evaluation.plots import EMPTY, INFORMATIVE, SELF, check_figure, save_figure
 from mirage_vlm.evaluation.replace import REPLACEMENTS
-from mirage_vlm.evaluation.study import Outcome, Row, Study, Test, correct, outcomes
+from mirage_vlm.evaluation.study import HELPER, Outcome, Row, Study, Test, correct, outcomes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Interval = tuple[float, float, float]  # mean, low, high
+ALONE = "†"  # marks an interval that does not know how seeds scatter
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Line:
         return np.array([correct(run.results, replacement) for run in self.runs], dtype=float)
 
     def accuracy(self) -> Interval:
-        mean, low, high = over_seeds(self.right().tolist())
+        right = self.right()
+        if len(right) == 1:
+            return float(right.mean()), *wilson(int(right.sum()), right.size)
+        mean, low, high = over_seeds(right.tolist())
         return mean, max(0.0, low), min(1.0, high)
 
     def optimal(self) -> float | None:
@@ -43,7 +47,15 @@ class Line:
 
     def latent_rate(self) -> float:
         """Share of responses that consumed latents, in percent."""
-        return 100 * sum(run.results["latent_rate"] for run in self.runs) / len(self.runs)
+        return self.share("latent_rate")
+
+    def share(self, name: str) -> float:
+        """A share of responses that every run has measured, in percent, the mean of its runs."""
+        return 100 * sum(run.results[name] for run in self.runs) / len(self.runs)
+
+    def mark(self, *others: Line) -> str:
+        """What an interval of this row, or of it and others, bears."""
+        return ALONE if any(len(line.runs) == 1 and line.row.recipes for line in (self, *others)) else ""
 
     def mean(self, replacement: str) -> float:
         """Accuracy in percent, without its interval."""
@@ -92,8 +104,8 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
             "",
             "Bars: accuracy with the model's own latents, where it has any. Dots: what is left with the best of the "
             "empty replacements (zeros, noise, another example's latents, no latents, no span). Diamonds: with the "
-            "helper image itself as latents. A long way from the end of a bar to its dot means that the content of the "
-            "latents is used.",
+            "right latents, those that it was taught to have. A long way from the end of a bar to its dot means that "
+            "the content of the latents is used.",
             "",
         ]
     if study.summary:
@@ -110,13 +122,17 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     parts = [
         *head,
         f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
-        f"the seeds, with a 95 % interval over seeds and items (over items alone where there is one seed){more}.",
+        f"the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row was trained "
+        f"with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a row "
+        "sees it, or how it is told in training what the picture shows.",
+        *_cut(study, (done, *(each.values() for each in also))),
         "",
         _header("base", "row", "helper image", "seeds", "examples", "steps", "seconds", *columns),
     ]
     for line in done:
         run = line.runs[0]
-        about = (line.row.base, line.row.name, line.row.helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
+        helper = HELPER[line.row.helper]
+        about = (line.row.base, line.row.name, helper, len(line.runs), f"{run.examples:,}", f"{run.steps:,}")
         tests = (line, *(others.get(line.row.name) for others in also))
         shown = [cell for each in tests for cell in (*_accuracy(each), *([_latents(each)] if think else []))]
         if plans:
@@ -151,7 +167,7 @@ def _accuracy(line: Line | None) -> tuple[str, str]:
     if line is None:
         return "–", "–"
     mean, low, high = line.accuracy()
-    return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"
+    return f"{100 * mean:.1f}", f"{100 * low:.1f}–{100 * high:.1f}{line.mark()}"
 
 
 def _latents(line: Line | None) -> str:
@@ -161,8 +177,9 @@ def _latents(line: Line | None) -> str:
 def _ahead(line: Line | None, other: Line | None) -> tuple[str, str]:
     if line is None or other is None:
         return "–", "–"
-    mean, *ends = line.ahead(other)
-    return f"{100 * mean:+.1f}", in_points(ends)
+    if not (line.right()[:, None] != other.right()[None]).any():
+        return "+0.0", f"none of {line.right().shape[1]:,} examples differs"
+    return _points(line.ahead(other), line.mark(other))
 
 
 def _differences(study: Study, done: Mapping[str, Line], also: Sequence[Mapping[str, Line]]) -> list[str]:
@@ -189,17 +206,39 @@ def _replaced(done: Sequence[Line]) -> list[str]:
         return []
     names = [name for name in REPLACEMENTS if any(name in ("self", *line.replacements()) for line in tested)]
     parts = ["", "With something else in the place of the latents:", ""]
-    parts.append(_header("base", "row", *names, "self − best empty", "95 %"))
+    gaps = ("self − best empty", "95 %", *(("self − oracle", "95 %") if "oracle" in names else ()))
+    parts.append(_header("base", "row", "seeds", *names, *gaps))
     for line in tested:
         there = ("self", *line.replacements())
         shown = [f"{line.mean(name):.1f}" if name in there else "–" for name in names]
-        if (best := line.best_empty()) is None:
-            shown += ["–", "–"]
-        else:
-            gain, *ends = line.gain(best)
-            shown += [f"{100 * gain:+.1f} ({best})", in_points(ends)]
-        parts.append(_cells(line.row.base, line.row.name, *shown))
+        best = line.best_empty()
+        for other, name in ((best, f" ({best})"), *([("oracle", "")] if "oracle" in names else [])):
+            if other not in there:
+                shown += ["–", "–"]
+                continue
+            gain, ends = _points(line.gain(other), line.mark())
+            if not (differ := line.right() != line.right(other)).any():
+                ends = f"none of {differ.size:,} responses differs"
+            shown += [gain + name, ends]
+        parts.append(_cells(line.row.base, line.row.name, len(line.runs), *shown))
     return parts
+
+
+def _points(found: Interval, mark: str) -> tuple[str, str]:
+    """A difference and its interval, in points."""
+    mean, *ends = found
+    return f"{100 * mean:+.1f}", in_points(ends) + mark
+
+
+def _cut(study: Study, tests: Sequence[Iterable[Line]]) -> list[str]:
+    """Which rows are cut short, so that an answer may be missing that would have come."""
+    told = [
+        f"`{line.row.name}` {rate:.0f} %{f' of {test.name}' if test.name else ''}"
+        for test, found in zip((study.test, *study.also), tests, strict=True)
+        for line in found
+        if (rate := line.share("cut_rate")) >= 1
+    ]
+    return ["", f"Responses that were cut short at the most tokens: {', '.join(told)}."] if told else []
 
 
 def _seeds(line: Line, other: Line) -> str:

@@ -27,6 +27,7 @@ _KEYS = {
     "target": "latent_target",
     "places": "latent_places",
     "codes": "latent_codes",
+    "evict_images": "latent_evict_images",
     "image_scale": "image_scale",
 }
 
@@ -45,6 +46,8 @@ class LatentConfig:
             "Latent Visual Reasoning" (arXiv 2509.24251), for spans with regions.
         places: the targets of regions also say where these lie; see `place_code` in `mirage_vlm.modeling.pooling`.
         codes: entries of the table, for the feedback `codebook`.
+        evict_images: the model was trained with the prompt's pictures out of sight once a span has closed (`visibility:
+            evict`), and is decoded so unless a request says otherwise.
         image_scale: factor by which pictures are resized before the image processor sees them.
     """
 
@@ -58,6 +61,7 @@ class LatentConfig:
     target: str = "helper"
     places: bool = False
     codes: int = 256
+    evict_images: bool = False
     image_scale: float = 1.0
 
     def __post_init__(self) -> None:

@@ -118,7 +118,11 @@ class Checkpoints(transformers.Trainer):
         else:
             saved = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
             shares: dict[str, Any] = dict(self.vlm.named_parameters())
+            buffers = dict(self.vlm.named_buffers())
             for name, whole in saved.items():
+                if name in buffers:  # whole in every process
+                    buffers[name].copy_(whole)
+                    continue
                 mesh, placements = shares[name].device_mesh, shares[name].placements
                 share = distribute_tensor(whole.to(shares[name].device), mesh, placements, src_data_rank=None)
                 shares[name].data.copy_(share)

@@ -22,6 +22,16 @@ from mirage_vlm.settings import Where, read_settings
 from mirage_vlm.training.align import ALIGNMENTS
 from mirage_vlm.training.visibility import VISIBILITIES
 
+# of transformers, those that need no other settings
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 STAGES = ("sft", "stage1", "stage2", "grpo")
 LATENTS = ("replay", "reroll", "gaussian")
 SPANS = ("free", "required", "none")
@@ -294,7 +304,17 @@ def check(recipe: Recipe, where: Where) -> None:
         require(source.repeat > 0, f"data[{i}].repeat", "must be positive")
     for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
         require(getattr(train, name) > 0, f"train.{name}", "must be positive")
-    require(train.learning_rate > 0, "train.learning_rate", "must be positive")
+    require(0 < train.learning_rate < math.inf, "train.learning_rate", "must be positive")
+    require(0 <= train.beta2 < 1, "train.beta2", "must be from 0 to below 1")
+    for name in ("weight_decay", "warmup", "max_grad_norm"):
+        require(0 <= getattr(train, name) < math.inf, f"train.{name}", "must not be negative")
+    require(train.max_steps > 0 or 0 < train.epochs < math.inf, "train.epochs", "must be positive, or train.max_steps")
+    one_of(train.scheduler, "train.scheduler", SCHEDULERS)
+    if train.report_to:
+        from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+        for name in train.report_to:
+            one_of(name, "train.report_to", ["all", *INTEGRATION_TO_CALLBACK])
     require(train.pack >= 0, "train.pack", "must be 0 (off) or the most tokens of a row")
     require(train.keep_examples >= 0, "train.keep_examples", "must be 0 (none) or GiB")
     require(train.workers >= 0, "train.workers", "must be 0 or more")

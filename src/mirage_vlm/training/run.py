@@ -150,6 +150,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
         for name in ("latent_size", "pooling", "feedback", "codes", "target", "places", "stop_rule", "image_scale")
         if (value := getattr(wanted, name)) is not None
     }
+    latent["evict_images"] = recipe.train.visibility == "evict"  # decoded as it was trained
     if wanted.scratch is not None:
         corpus = open_all(all_sources(wanted.tokenizer_data)) if wanted.tokenizer_data else examples
         vlm = build(wanted.scratch, _sample_texts(corpus), recipe.train.seed, wanted.attn, **latent)

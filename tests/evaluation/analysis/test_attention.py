@@ -63,6 +63,8 @@ def looped(weights, example, group):
             continue
         mass, seen = [0.0] * len(ROLES), [0] * len(ROLES)
         for j in range(i + 1):
+            if example.blind is not None and example.blind[i] and example.roles[j] == PATCH:
+                continue
             mass[example.roles[j]] += float(weights[i, j])
             seen[example.roles[j]] += 1
         rows.append((mass, seen))
@@ -103,6 +105,24 @@ def test_every_layer_against_a_loop(tiny, examples, numbers, group):
             even = mass[r] / tokens[r] * tokens.sum()
             assert found["per_token"][number][r] == pytest.approx(float(mass[r] / tokens[r]), abs=1e-6), role
             assert found["against_even"][number][r] == pytest.approx(float(even), abs=1e-5), role
+
+
+def test_evicted_pictures_are_not_looked_at(tiny, examples):
+    """The masses of what still can be seen, those of a loop over the scores' softmax without the patches."""
+    found = gather(tiny, ragged(), GenerationConfig(max_new_tokens=40, evict_images=True), helpers=False)
+    shown = [example for example in found if example.pictures]
+    numbers = attention.measure(tiny, shown)["groups"]["text"]
+    assert numbers["tokens"][PATCH] == 0 and all(layer[PATCH] == 0 for layer in numbers["mass"])
+    assert all(sum(layer) == pytest.approx(1) for layer in numbers["mass"])
+    with torch.no_grad():
+        weights = [first_layer(tiny, example) for example in shown]
+    each = []
+    for layer, example in zip(weights, shown, strict=True):
+        hidden = example.blind[:, None] & (example.roles == PATCH)[None]
+        layer = layer.masked_fill(hidden, 0)
+        each.append(looped((layer / layer.sum(dim=-1, keepdim=True)).mean(dim=0), example, "text"))
+    mass = torch.stack([one[0] for one in each if one is not None]).mean(dim=0)
+    assert numbers["mass"][0] == pytest.approx(mass.tolist(), abs=1e-5)
 
 
 def test_an_even_spread_is_even():

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.analysis.figures import COLOURS, new_figure
-from mirage_vlm.evaluation.analysis.material import LATENT, ROLES, TEXT, Example, language_pass
+from mirage_vlm.evaluation.analysis.material import (
+    LATENT,
+    PATCH,
+    ROLES,
+    TEXT,
+    Example,
+    language_pass,
+    unseen,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +49,16 @@ def measure(vlm: LatentVLM, examples: Sequence[Example]) -> dict[str, Any]:
         if not any(bool(chosen.any()) for chosen in queries.values()):
             continue
         inputs = example.inputs.to(vlm.device, next(vlm.language_model.parameters()).dtype)
-        seen = language_pass(vlm, inputs[None], example.positions[:, None].to(vlm.device), weights=True).attentions
-        weights = [layer[0].float().cpu() for layer in seen]
+        blind = None if example.blind is None else example.blind[None]
+        mask = unseen(example.roles[None] == PATCH, blind)
+        attended = language_pass(
+            vlm, inputs[None], example.positions[:, None].to(vlm.device), mask, weights=True
+        ).attentions
+        weights = [layer[0].float().cpu() for layer in attended]
         for name, chosen in queries.items():
             if bool(chosen.any()):
                 mass = torch.stack([masses(layer, example.roles, chosen) for layer in weights])
-                found[name].append((mass, visible(example.roles, chosen), int(chosen.sum())))
+                found[name].append((mass, visible(example.roles, chosen, example.blind), int(chosen.sum())))
     if not found["text"]:
         raise MirageError("no response has text after a latent span: there is nothing that could look back at it")
     return {"roles": list(ROLES), "groups": {name: _summary(group) for name, group in found.items()}}
@@ -57,9 +69,16 @@ def masses(weights: torch.Tensor, roles: torch.Tensor, queries: torch.Tensor) ->
     return (weights[:, queries] @ F.one_hot(roles, len(ROLES)).to(weights)).mean(dim=1)
 
 
-def visible(roles: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """[R] how many positions of each role a query sees, itself included, in the mean over [T] queries."""
-    return F.one_hot(roles, len(ROLES)).cumsum(dim=0)[queries].float().mean(dim=0)
+def visible(roles: torch.Tensor, queries: torch.Tensor, blind: torch.Tensor | None = None) -> torch.Tensor:
+    """[R] how many positions of each role a query sees, itself included, in the mean over [T] queries.
+
+    Args:
+        blind: [T] positions that do not see the pictures, or None.
+    """
+    counts = F.one_hot(roles, len(ROLES)).cumsum(dim=0)
+    if blind is not None:
+        counts[blind, PATCH] = 0
+    return counts[queries].float().mean(dim=0)
 
 
 def _summary(group: Sequence[tuple[torch.Tensor, torch.Tensor, int]]) -> dict[str, Any] | None:

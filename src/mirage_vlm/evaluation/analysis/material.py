@@ -13,6 +13,7 @@ from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.replace import oracle_targets
 from mirage_vlm.training.rollout import Run, span_runs
+from mirage_vlm.training.visibility import blind_positions, mask_of
 from mirage_vlm.trajectory import Image, Trajectory
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Example:
         helpers: for each span its helper image, those of the reference taken again from the first where it has fewer;
             empty where there are none, or where they were not asked for.
         targets: the same, pooled: [k, D] for each span, k its number of latents.
+        blind: [T] positions that do not see the pictures, where these leave once a span has closed; None where all do.
     """
 
     trajectory: Trajectory
@@ -61,6 +63,7 @@ class Example:
     pictures: Sequence[Picture]
     helpers: Sequence[Picture] = ()
     targets: Sequence[torch.Tensor] = ()
+    blind: torch.Tensor | None = None
 
     @cached_property
     def latents(self) -> torch.Tensor:
@@ -80,7 +83,7 @@ def gather(
     """Decode a response to each prompt and read those that consumed latents again, each in one pass.
 
     Args:
-        generation: one response to each prompt, pictures not evicted.
+        generation: one response to each prompt.
         helpers: also take the helper images of the reference responses, where they have any.
         progress: called with the number of responses that were finished.
 
@@ -96,7 +99,8 @@ def gather(
             f"the model consumed no latent in its responses to {len(prompts)} examples: there is nothing to analyse"
         )
     taught = _taught(vlm, found) if helpers else {}
-    return [read(vlm, own, *taught.get(i, ((), ()))) for i, (_, own) in enumerate(found)]
+    evicted = vlm.config.evict_images if generation.evict_images is None else generation.evict_images
+    return [read(vlm, own, *taught.get(i, ((), ())), evicted=evicted) for i, (_, own) in enumerate(found)]
 
 
 def _taught(
@@ -130,9 +134,17 @@ def _pictures(
 
 @torch.no_grad()
 def read(
-    vlm: LatentVLM, decoded: Trajectory, helpers: Sequence[Picture] = (), targets: Sequence[torch.Tensor] = ()
+    vlm: LatentVLM,
+    decoded: Trajectory,
+    helpers: Sequence[Picture] = (),
+    targets: Sequence[torch.Tensor] = (),
+    *,
+    evicted: bool = False,
 ) -> Example:
     """A decoded response with its latents, read again in one pass.
+
+    Args:
+        evicted: it was decoded with the pictures out of sight once a span had closed.
 
     Raises:
         MirageError: a picture of its prompt cannot be read.
@@ -147,7 +159,8 @@ def read(
     inputs = vlm.embed_prompt(ids, pixels, grids)
     inputs = inputs.masked_scatter((ids == config.pad_id).unsqueeze(-1), latents.to(inputs))
     positions = vlm.positions(ids, torch.ones_like(ids), grids)
-    hidden = language_pass(vlm, inputs, positions).last_hidden_state
+    blind = blind_positions(vlm, ids, "evict" if evicted else "full")
+    hidden = language_pass(vlm, inputs, positions, unseen(ids == vlm.family.image_token_id, blind)).last_hidden_state
     roles = torch.full_like(ids[0], TEXT)
     roles[: len(prompt)] = PROMPT
     marks = {vlm.family.image_token_id: PATCH, config.start_id: MARK, config.end_id: MARK, config.pad_id: LATENT}
@@ -170,14 +183,23 @@ def read(
         pictures=pictures,
         helpers=helpers,
         targets=targets,
+        blind=None if blind is None else blind[0].cpu(),
     )
 
 
 @torch.no_grad()
-def language_pass(vlm: LatentVLM, inputs: torch.Tensor, positions: torch.Tensor, *, weights: bool = False) -> Any:
+def language_pass(
+    vlm: LatentVLM,
+    inputs: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    weights: bool = False,
+) -> Any:
     """One pass of the language model over [1, T, D] inputs at [3, 1, T] positions.
 
     Args:
+        mask: of `unseen`; None where everything before a position is seen.
         weights: return the attention weights too, `attentions`, [1, H, T, T] of each layer. Only transformers' own
             `eager` attention has them, so the model attends by it meanwhile.
     """
@@ -187,10 +209,22 @@ def language_pass(vlm: LatentVLM, inputs: torch.Tensor, positions: torch.Tensor,
         config._attn_implementation = "eager"
     try:
         return vlm.language_model(
-            inputs_embeds=inputs, position_ids=positions, use_cache=False, output_attentions=weights
+            inputs_embeds=inputs,
+            attention_mask=None if mask is None else mask.to(inputs),
+            position_ids=positions,
+            use_cache=False,
+            output_attentions=weights,
         )
     finally:
         config._attn_implementation = usual
+
+
+def unseen(pictures: torch.Tensor, blind: torch.Tensor | None) -> torch.Tensor | None:
+    """[1, T] patches of pictures and [1, T] positions blind to them → [1, 1, T, T], added to attention scores."""
+    if blind is None:
+        return None
+    places = torch.arange(pictures.shape[1], device=pictures.device)[None]
+    return mask_of(places, places, blind, pictures, torch.float32)
 
 
 def answer_tokens(tokenizer: Any, tokens: Sequence[int], silent: Sequence[bool]) -> list[bool]:
