@@ -9,6 +9,7 @@ import torch
 from support import batch_of, distance, held_out, ragged
 
 from mirage_vlm.decoding import Engine, EngineConfig, Finished
+from mirage_vlm.decoding.sampling import draw
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import BUNDLED, resolve
 from mirage_vlm.rl.run import run_recipe
@@ -115,3 +116,13 @@ def test_rollout_and_training_agree(tmp_path, latents):
     run_recipe(load_recipe(ROOT / "recipes/grpo-small.yaml", changes))
     (first,) = [line for line in metrics(tmp_path) if "rollout_logprob_max_abs_diff" in line]
     assert first["rollout_logprob_max_abs_diff"] < 1e-4
+
+
+def test_a_token_without_chance_is_never_drawn():
+    """A parallel sum may fall by an ulp where nothing is added; what is drawn must not lie there."""
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(64, 152_064, device="cuda")
+    logits[torch.rand_like(logits) < 0.999] = -torch.inf
+    for _ in range(50):
+        drawn = draw(logits, torch.rand(len(logits), device="cuda"))
+        assert logits.gather(1, drawn.unsqueeze(1)).isfinite().all()
