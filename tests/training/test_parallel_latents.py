@@ -71,7 +71,7 @@ def check(vlm: LatentVLM, batch: Batch, iterations: int, slow_iterations: int | 
     assert distance(loss.ce_sum, ce) < WITHIN, "cross-entropy"
     found, wanted = gradients(vlm, loss.ce_sum), gradients(vlm, ce)
     apart = {name: distance(found[name], wanted[name]) for name in found}
-    assert max(apart.values()) < WITHIN, f"gradients: {apart}"
+    assert max(apart.values()) < 1e-4, f"gradients: {apart}"  # sums of many terms, in another order on each processor
 
 
 @pytest.fixture
