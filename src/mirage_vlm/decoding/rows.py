@@ -144,15 +144,17 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
 
     nothing = torch.zeros(len(wave), dtype=torch.long, device=device)
     forced = [[] if r.replay is None else forced_tokens(vlm, r.replay) for r in wave]
-    given = [[] if r.replay is None else _given(r.replay, width) for r in wave]
+    given = [[] if r.replay is None else _given(r.replay) for r in wave]
     longest = max(map(len, forced))
-    most = max(map(len, given))
+    most = max(sum(k for k, _ in spans) for spans in given)
     latents = torch.zeros(len(wave), most, width, dtype=vlm.model.dtype, device=device)
     held = torch.zeros(len(wave), most, dtype=torch.bool, device=device)
-    for row, vectors in enumerate(given):
-        for place, vector in enumerate(vectors):
-            if vector is not None:
-                latents[row, place], held[row, place] = vector.to(latents), True
+    for row, spans in enumerate(given):
+        end = 0
+        for k, vectors in spans:
+            begin, end = end, end + k
+            if vectors is not None:
+                latents[row, begin:end], held[row, begin:end] = vectors.to(latents), True
     patches = [r.prompt.patches if r.prompt.patches is not None else latents.new_zeros(0, width) for r in wave]
     return Rows(
         hidden=torch.stack([r.prompt.hidden for r in wave]),  # type: ignore[misc]
@@ -198,12 +200,10 @@ def forced_tokens(vlm: LatentVLM, replay: Trajectory) -> list[int]:
     return [*decoding.token_ids, vlm.tokenizer.eos_token_id if decoding.stop_id is None else decoding.stop_id]
 
 
-def _given(replay: Trajectory, width: int) -> list[torch.Tensor | None]:
-    """The latents of a replay in order, [D] each; None for those that it does not hold, which are the model's own."""
-    found: list[torch.Tensor | None] = []
-    for span in replay.spans:
-        found += [None] * (span.k or 0) if span.latents is None else list(span.latents.view(-1, width))
-    return found
+def _given(replay: Trajectory) -> list[tuple[int, torch.Tensor | None]]:
+    """Of each span of a replay the number of its latents, and these [k, D]; None where it does not hold them."""
+    spans = [(span.latents, span.k or 0) for span in replay.spans]
+    return [(k if latents is None else len(latents), latents) for latents, k in spans]
 
 
 @dataclass(frozen=True)
