@@ -7,17 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from support import dialogue, picture, ragged
+from test_engine import finished
 from test_generate import assert_same
 
-from mirage_vlm.decoding import Engine, EngineConfig, Finished, memory
+from mirage_vlm.decoding import Engine, EngineConfig, memory
 from mirage_vlm.decoding import engine as engine_module
 from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import LatentSpan, Trajectory
-
-
-def finished(engine: Engine) -> list[Trajectory]:
-    done = {(e.request, e.sample): e.trajectory for e in engine.run() if isinstance(e, Finished)}
-    return [done[key] for key in sorted(done)]
 
 
 def short(i: int) -> Trajectory:

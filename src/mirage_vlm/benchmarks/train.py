@@ -25,6 +25,7 @@ from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.data import BucketSampler, Collator, Examples
 from mirage_vlm.training.recipe import LossRecipe, ModelRecipe, Recipe, TrainRecipe
 from mirage_vlm.training.rollout import Batch, forward_given
+from mirage_vlm.training.run import on_one_card
 from mirage_vlm.training.trainer import LatentTrainer, StageModule
 
 NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}  # relative, of losses and gradient norms
@@ -259,10 +260,10 @@ class Work:
             use_cpu=self.vlm.device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        if arguments.n_gpu > 1:  # a single process would split rows among its cards
-            arguments._n_gpu = 1
         clock = _Clock(len(batches), self.vlm.device)
-        trainer = make(args=arguments, train_dataset=batches, data_collator=itemgetter(0), callbacks=[clock])
+        trainer = make(
+            args=on_one_card(arguments), train_dataset=batches, data_collator=itemgetter(0), callbacks=[clock]
+        )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         trainer.train()
         self.vlm.zero_grad()

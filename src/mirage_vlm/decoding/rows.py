@@ -115,12 +115,9 @@ class Rows:
         joined = {}
         for f in fields(self):
             ours, theirs = getattr(self, f.name), getattr(more, f.name)
-            if f.name == "forced":
-                width = max(ours.shape[1], theirs.shape[1])
-                ours, theirs = (F.pad(t, (0, width - t.shape[1]), value=NOTHING) for t in (ours, theirs))
-            if f.name == "held":
-                width = max(ours.shape[1], theirs.shape[1])
-                ours, theirs = (F.pad(t, (0, width - t.shape[1])) for t in (ours, theirs))
+            if f.name in ("forced", "held"):
+                width, empty = max(ours.shape[1], theirs.shape[1]), NOTHING if f.name == "forced" else False
+                ours, theirs = (F.pad(t, (0, width - t.shape[1]), value=empty) for t in (ours, theirs))
             if f.name in ("given", "patches"):
                 width = max(ours.shape[1], theirs.shape[1])
                 ours, theirs = (F.pad(t, (0, 0, 0, width - t.shape[1])) for t in (ours, theirs))

@@ -45,8 +45,7 @@ def paired_bootstrap(
     Raises:
         MirageError: the two are of different lengths, or empty.
     """
-    if len(a) != len(b) or not len(a):
-        raise MirageError(f"paired outcomes must be of one length above 0, not {len(a)} and {len(b)}")
+    _check_pairs(a, b)
     differences = np.asarray(a, dtype=int) - np.asarray(b, dtype=int)
     shares = np.array([(differences == value).mean() for value in (-1, 0, 1)])
     drawn = np.random.default_rng(seed).multinomial(len(differences), shares / shares.sum(), size=rounds)
@@ -67,8 +66,7 @@ def sign_test(a: Sequence[bool], b: Sequence[bool]) -> float:
     Raises:
         MirageError: the two are of different lengths, or empty.
     """
-    if len(a) != len(b) or not len(a):
-        raise MirageError(f"paired outcomes must be of one length above 0, not {len(a)} and {len(b)}")
+    _check_pairs(a, b)
     first = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     second = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     n = first + second
@@ -132,6 +130,11 @@ def student(freedom: float, level: float = 0.95) -> float:
     middles = (angles[1:] + angles[:-1]) / 2
     share = np.concatenate([[0.0], np.cumsum(np.cos(middles) ** (freedom - 1))])
     return float(freedom**0.5 * np.tan(np.interp(level, share / share[-1], angles)))
+
+
+def _check_pairs(a: Sequence[bool], b: Sequence[bool]) -> None:
+    if len(a) != len(b) or not len(a):
+        raise MirageError(f"paired outcomes must be of one length above 0, not {len(a)} and {len(b)}")
 
 
 def _table(outcomes: Sequence[Sequence[float]]) -> np.ndarray:

@@ -260,7 +260,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
         settings = Settings(
             GenerationConfig(max_new_tokens=test.max_new_tokens, evict_images=evicted),
             EngineConfig(),
-            chosen(row.replacements) if row.replacements and test is study.test else (),
+            _replacements(row, test),
         )
         list(run_all(plan([model], [source], results), settings, load))
     return study.results(row, seed, study.test)
@@ -268,6 +268,11 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
 
 def _origin(row: Row, test: Test) -> dict[str, Any]:
     return {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
+
+
+def _replacements(row: Row, test: Test) -> tuple[str, ...]:
+    """What is put in the place of a row's latents: in the main test, which has no name, alone."""
+    return chosen(row.replacements) if row.replacements and not test.name else ()
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -289,8 +294,7 @@ def _load_done(row: Row, recipes: Sequence[Recipe], file: Path, test: Test) -> d
     results = json.loads(file.read_text(encoding="utf-8"))
     if results["data"] != _origin(row, test) or results["generation"]["max_new_tokens"] != test.max_new_tokens:
         raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
-    wanted = chosen(row.replacements) if row.replacements and not test.name else ()
-    if lacking := [name for name in wanted if name not in results.get("replacements", {})]:
+    if lacking := [name for name in _replacements(row, test) if name not in results.get("replacements", {})]:
         raise MirageError(f"{file}: has no {', '.join(lacking)} in the place of latents; remove it to test anew")
     return results
 

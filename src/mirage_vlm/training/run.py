@@ -294,7 +294,12 @@ def training_arguments(recipe: Recipe, kind: type[A], **more: Any) -> A:
         dataloader_pin_memory=torch.cuda.is_available(),
         **more,
     )
-    if arguments.n_gpu > 1:  # a single process would split rows among its cards, which pictures do not bear
+    return on_one_card(arguments)
+
+
+def on_one_card(arguments: A) -> A:
+    """A single process would split rows among its cards, which pictures do not bear: it takes the first."""
+    if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
 
