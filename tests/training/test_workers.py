@@ -3,15 +3,18 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import SCRATCH
+from torch.utils.data import DataLoader, Dataset
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.make import GeneratedDataset
-from mirage_vlm.training import data, run
+from mirage_vlm.training import data, run, workers
 from mirage_vlm.training.recipe import load_recipe
 
 RECIPE = """\
@@ -85,3 +88,48 @@ def test_a_killed_worker_is_told_in_one_line(recipe, tmp_path, monkeypatch):
     ) as caught:
         run.train(recipe("train.workers=1"))
     assert "\n" not in str(caught.value)
+
+
+class DiesAfterOne(Dataset):
+    """A tensor, then the end of the process that is to make the next."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        if i:
+            time.sleep(1)  # the tensor before is on its way by then
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_worker_that_dies_before_its_batch_is_read_is_told_in_one_line(monkeypatch, named):
+    """Its connection breaks before torch knows of its death; torch names it later, or never."""
+    batches = iter(DataLoader(DiesAfterOne(), batch_size=None, num_workers=1))
+    (worker,) = batches._workers
+    noticing = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    monkeypatch.setattr(worker, "is_alive", lambda: True)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    def later(_):
+        signal.signal(signal.SIGCHLD, noticing)
+        if named:
+            signal.raise_signal(signal.SIGCHLD)
+
+    monkeypatch.setattr(time, "sleep", later)
+    how = rf"worker \(pid {worker.pid}\) is killed by signal: Killed\. " if named else "worker, connection lost "
+    try:
+        with (
+            pytest.raises(MirageError, match=f"^a process that prepares batches ended: DataLoader {how}"),
+            workers.in_one_line(),
+        ):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, noticing)
+    assert not isinstance(noticing, signal.Handlers), "torch has a handler of its own"
+
+
+def test_a_connection_lost_elsewhere_stays_what_it_is():
+    with pytest.raises(ConnectionResetError, match=r"^the logger's$"), workers.in_one_line():
+        raise ConnectionResetError("the logger's")

@@ -11,7 +11,7 @@ from mirage_vlm.rl.rewards import reward_of
 from mirage_vlm.tasks import score
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
-from mirage_vlm.training.data import Examples, all_sources, in_one_line, open_all
+from mirage_vlm.training.data import Examples, all_sources, open_all
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.run import (
     finish,
@@ -23,6 +23,7 @@ from mirage_vlm.training.run import (
 )
 from mirage_vlm.training.run import train as train_on_data
 from mirage_vlm.training.shares import together
+from mirage_vlm.training.workers import in_one_line
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:

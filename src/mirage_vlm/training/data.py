@@ -8,7 +8,6 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -227,26 +226,6 @@ class BucketSampler(Sampler[int]):
             rng.shuffle(batches)
             yield from itertools.chain.from_iterable(batches)
             yield from pool[whole:]  # a short batch must come last
-
-
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """Within, faults of the processes that prepare batches come as the one line that they are meant to be.
-
-    Raises:
-        MirageError: what a worker raised, without the traceback that torch puts around it; or one has been killed.
-    """
-    try:
-        yield
-    except MirageError as fault:
-        raise type(fault)(str(fault).rpartition("MirageError: ")[2].strip()) from fault
-    except RuntimeError as fault:
-        if not str(fault).startswith("DataLoader worker"):
-            raise
-        raise MirageError(
-            f"a process that prepares batches ended: {str(fault).splitlines()[0].strip()} "
-            "If memory ran out, lower train.workers or train.batch_size"
-        ) from fault
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from mirage_vlm.training.data import (
     all_sources,
     check_spans,
     has_spans,
-    in_one_line,
     open_all,
 )
 from mirage_vlm.training.losses import targets_of
@@ -40,6 +39,7 @@ from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import together
 from mirage_vlm.training.trainer import LatentTrainer
+from mirage_vlm.training.workers import in_one_line
 from mirage_vlm.trajectory import Image, Text
 
 A = TypeVar("A", bound=TrainingArguments)

@@ -16,12 +16,13 @@ from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.align import Alignment, Cosine
 from mirage_vlm.training.checkpoints import Checkpoints
-from mirage_vlm.training.data import BucketSampler, in_one_line
+from mirage_vlm.training.data import BucketSampler
 from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import ShareCollator, Shares, together
+from mirage_vlm.training.workers import in_one_line
 
 STAGE_LOSSES: dict[str, Callable[..., StageLoss]] = {"sft": stage1, "stage1": stage1, "stage2": stage2}
 SUMS = ("ce_sum", "align_sum", "tokens", "latents", "correct")  # of a micro-batch; what is logged comes from them
