@@ -56,7 +56,7 @@ rows:
     replacements: [zero, markers]
     overrides: [train.learning_rate=2.0e-3]
     against: [plain]
-  - {{name: base, base: P, style: plain, recipes: []}}
+  - {{name: base, base: P, style: plain, recipes: [], max_new_tokens: 20}}
 """
 
 
@@ -99,6 +99,16 @@ def test_all_rows_are_tested_on_the_same_maps(done):
         tuple(item["name"] for item in outcome.results["items"]) for row in done.rows for outcome in outcomes(done, row)
     }
     assert len(names) == 1
+
+
+def test_a_row_may_have_its_own_longest_response(folder, done, tmp_path):
+    (base,), (plain, _) = (outcomes(done, done.row(name)) for name in ("base", "plain"))
+    longest = [run.results["generation"]["max_new_tokens"] for run in (base, plain)]
+    assert longest == [20, 24]
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY.format(folder=folder).replace("max_new_tokens: 20", "max_new_tokens: 19"))
+    with pytest.raises(MirageError, match=r"base/seed-1/results\.json: is of another test"):
+        lines(load_study(path))
 
 
 def test_what_is_done_is_not_done_again(done, monkeypatch):
@@ -232,6 +242,15 @@ def test_where_latents_are_consumed_the_page_says_how_often(done, monkeypatch):
         assert [cell for cell, name in zip(cells, columns, strict=True) if name == "latents"] == [rate, "0"]
 
 
+def test_the_figure_shows_the_rows_that_it_is_told(done):
+    pytest.importorskip("matplotlib")
+    for told, shown in (((), ["P: plain", "P: paper", "P: base"]), (("base", "paper"), ["P: paper", "P: base"])):
+        study = replace(done, figure=told)
+        (axes,) = study_report.figure(study).axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == shown
+        assert ("Not all rows" in page(study, "mirage study x.yaml", "x.png")) == bool(told)
+
+
 def test_a_curve_is_what_the_runs_wrote_down(done):
     row = done.row("paper")
     found = curves(done, row, "loss")
@@ -275,6 +294,8 @@ def test_the_command(folder, done, capsys):
         ("base: P, style", "base: Q, style", "rows[0].base: there is no base 'Q'"),
         ("style: plain", "style: prose", "rows[0].style: 'prose' is not one of"),
         ("[zero, markers]", "[zeros]", "rows[1].replacements: there is no zeros"),
+        ("max_new_tokens: 20", "max_new_tokens: 0", "rows[2].max_new_tokens: must be positive"),
+        ("title: What", "figure: [base, all]\ntitle: What", "figure: there is no row 'all'"),
         ("helper: training", "helper: yes", "rows[1].helper: expected str"),
         ("name: unseen", "name: x y", "also[0].name: give one, of letters, digits, - and _"),
         ("2.0e-3", "fast", "override 'train.learning_rate=fast'"),

@@ -90,6 +90,7 @@ class Row:
         overrides: of every recipe, as on the command line.
         replacements: names for the replacement test; none = it is not run.
         against: names of rows that it is compared with.
+        max_new_tokens: most positions of its responses, where the tests' would cut them short.
     """
 
     name: str
@@ -101,6 +102,11 @@ class Row:
     overrides: tuple[str, ...] = ()
     replacements: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+
+    def longest(self, test: Test) -> int:
+        """Most positions of its responses in a test."""
+        return test.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Study:
         seeds: each row is trained once with each.
         title: of its page.
         summary: what is to be read out of it, in Markdown, for the head of its page.
+        figure: names of the rows that its figure shows; none = all.
     """
 
     output: str
@@ -124,6 +131,7 @@ class Study:
     also: tuple[Test, ...] = ()
     title: str = "Results"
     summary: str = ""
+    figure: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row:
         """The row of that name.
@@ -173,10 +181,13 @@ def load_study(path: str | Path) -> Study:
         require(re.fullmatch(r"[\w-]+", test.name) is not None, key, "give one, of letters, digits, - and _")
         require([t.name for t in study.also].count(test.name) == 1, key, f"{test.name!r} is there twice")
     tasks = [get_task(test.task) for test in (study.test, *study.also)]
+    for name in study.figure:
+        require(name in names, "figure", f"there is no row {name!r}")
     for i, row in enumerate(study.rows):
         key = f"rows[{i}]"
         require(names.count(row.name) == 1, f"{key}.name", f"{row.name!r} is there twice")
         require(row.base in bases, f"{key}.base", f"there is no base {row.base!r}")
+        require(row.max_new_tokens is None or row.max_new_tokens > 0, f"{key}.max_new_tokens", "must be positive")
         require(row.helper in HELPER, f"{key}.helper", f"{row.helper!r} is not one of {', '.join(HELPER)}")
         for task in tasks:
             require(row.style in task.styles, f"{key}.style", f"{row.style!r} is not one of {', '.join(task.styles)}")
@@ -258,7 +269,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
         made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
         source = Source(_origin(row, test), [made[i] for i in range(test.n)])
         settings = Settings(
-            GenerationConfig(max_new_tokens=test.max_new_tokens, evict_images=evicted),
+            GenerationConfig(max_new_tokens=row.longest(test), evict_images=evicted),
             EngineConfig(),
             _replacements(row, test),
         )
@@ -292,7 +303,7 @@ def _load_done(row: Row, recipes: Sequence[Recipe], file: Path, test: Test) -> d
     for recipe in recipes:
         _check_recipe(recipe)
     results = json.loads(file.read_text(encoding="utf-8"))
-    if results["data"] != _origin(row, test) or results["generation"]["max_new_tokens"] != test.max_new_tokens:
+    if results["data"] != _origin(row, test) or results["generation"]["max_new_tokens"] != row.longest(test):
         raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
     if lacking := [name for name in _replacements(row, test) if name not in results.get("replacements", {})]:
         raise MirageError(f"{file}: has no {', '.join(lacking)} in the place of latents; remove it to test anew")

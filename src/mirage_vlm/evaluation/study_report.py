@@ -105,7 +105,7 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
             "Bars: accuracy with the model's own latents, where it has any. Dots: what is left with the best of the "
             "empty replacements (zeros, noise, another example's latents, no latents, no span). Diamonds: with the "
             "right latents, those that it was taught to have. A long way from the end of a bar to its dot means that "
-            "the content of the latents is used.",
+            "the content of the latents is used." + (" Not all rows of the tables are shown." if study.figure else ""),
             "",
         ]
     if study.summary:
@@ -256,11 +256,12 @@ def draw(study: Study, path: str | Path) -> None:
 
 
 def figure(study: Study) -> Figure:
-    """A bar for each row, a dot where the best empty replacement of its latents leaves it, and one for the oracle."""
+    """A bar for each row to be shown, a dot where the best empty replacement of its latents leaves it, and one for the
+    oracle."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    done = lines(study)
+    done = [line for line in lines(study) if not study.figure or line.row.name in study.figure]
     drawn = Figure(figsize=(8, 1.6 + 0.36 * len(done)), layout="constrained")
     axes = drawn.add_subplot()
     for y, line in enumerate(done):
