@@ -20,6 +20,7 @@ from support import distance, shifted
 from transformers import AutoModelForImageTextToText
 
 from mirage_vlm.modeling import LatentConfig, LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.rollout import Batch
 
@@ -85,9 +86,9 @@ def golden(request, folder) -> Iterator[Golden]:
     found.vlm.train()
     found.vlm.requires_grad_(True)
     if request.param:
-        found.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(found.vlm.model)
     yield found
-    found.vlm.model.gradient_checkpointing_disable()
+    checkpoint_activations(found.vlm.model, on=False)
 
 
 @dataclass(frozen=True)

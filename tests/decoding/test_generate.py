@@ -11,6 +11,7 @@ from support import check_replay, dialogue, distance, picture, ragged, replayed,
 from mirage_vlm.decoding import EngineConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.trajectory import Image, Text, Trajectory, user_turn
 
@@ -445,7 +446,7 @@ def test_a_model_in_training_is_left_in_training(fresh):
     before = fresh.generate(ragged()[:1], max_new_tokens=5)
     assert fresh.training and fresh.language_model.training
     assert all(parameter.requires_grad for parameter in fresh.parameters())
-    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(fresh.model)
     assert_same(fresh.generate(ragged()[:1], max_new_tokens=5), before)
 
 

@@ -7,6 +7,7 @@ import torch
 from support import distance, picture
 
 from mirage_vlm.modeling import family
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.modeling.encoding import Pictures
 from mirage_vlm.modeling.windows import PLAIN, WINDOWS, side_by_side
 from mirage_vlm.trajectory import Trajectory, user_turn
@@ -56,7 +57,7 @@ def test_a_checkpointed_tower_finds_again_what_it_found(fresh, attention):
     found = []
     for checkpointed in (False, True):
         if checkpointed:
-            fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(fresh.model)
         fresh.train()
         fresh.zero_grad()
         features(fresh, pictures).square().sum().backward()

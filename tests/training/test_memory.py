@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mirage_vlm.cli.main import app
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.modeling.scratch import ScratchConfig, build
 from mirage_vlm.training.losses import stage1, stage2
 from mirage_vlm.training.memory import estimate, model_shape, sizes
@@ -109,7 +110,7 @@ def test_activations(stage, attn, dtype):
 
     plain = kept_by_forward(vlm, stage, batch)
     assert planned(False) == pytest.approx(plain, rel=0.2)
-    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(vlm.model)
     checkpointed = kept_by_forward(vlm, stage, batch)
     assert checkpointed < plain / 4
     layer = (plain - checkpointed) / 4  # is run again in the backward pass

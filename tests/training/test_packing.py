@@ -14,6 +14,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training import data, run
 from mirage_vlm.training.data import Collator, collate
 from mirage_vlm.training.losses import stage1, stage2
@@ -184,7 +185,7 @@ def test_text_alone_packs_too(fresh):
 
 def test_gradient_checkpointing(fresh):
     fresh.train()
-    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(fresh.model)
     check(fresh, uneven(), 90)
 
 

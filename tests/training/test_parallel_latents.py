@@ -21,6 +21,7 @@ from support import (
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training import run
 from mirage_vlm.training.losses import stage2
 from mirage_vlm.training.own import forward_own, passes, stretches
@@ -170,7 +171,7 @@ def test_gradient_checkpointing_changes_nothing(fresh, batch, iterations):
     fresh.train()
     plain = stage2(fresh, batch, latent_iterations=iterations)
     expected = gradients(fresh, plain.ce)
-    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(fresh.model)
     checkpointed = stage2(fresh, batch, latent_iterations=iterations)
     found = gradients(fresh, checkpointed.ce)
     assert distance(checkpointed.hidden, plain.hidden) == 0

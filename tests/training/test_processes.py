@@ -23,6 +23,7 @@ from support import batch_of, dialogue, ragged
 from mirage_vlm.cli.train import _check_launch
 from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training import run
 from mirage_vlm.training.checkpoints import METRICS_FILE, TRAINABLE_FILE
 from mirage_vlm.training.data import BucketSampler, Collator
@@ -354,7 +355,7 @@ def test_a_batch_takes_what_was_said(tiny, folder, values, rows):
 def test_what_is_made_up_adds_nothing(fresh, checkpointing):
     if checkpointing:
         fresh.train()
-        fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(fresh.model)
     with counted(fresh.language_model) as calls:
         zero = make_up(fresh, 2, Needs(2, 0, 1), Needs(6, 1, 1))
     assert calls == [4] and zero == 0

@@ -23,6 +23,7 @@ from support import (
 )
 
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.modeling.segment_cache import NARROW
 from mirage_vlm.training import losses, own
 from mirage_vlm.training.losses import stage1, stage2
@@ -250,7 +251,7 @@ def test_gradient_checkpointing_changes_nothing(fresh, batch, stage):
     plain, expected, forwards = run()
     wide = [width for width in forwards if width > NARROW]
     assert 1 in forwards if stage == "stage2" else wide == forwards
-    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(fresh.model)
     checkpointed, found, recomputed = run()
     assert wide and recomputed == forwards + wide[::-1], "each layer is run again for the gradient, but for latents"
     assert distance(checkpointed.hidden, plain.hidden) == 0
@@ -259,7 +260,7 @@ def test_gradient_checkpointing_changes_nothing(fresh, batch, stage):
     _, again, recomputed = run()
     assert recomputed == forwards + wide[::-1], "the layers are left as they were found"
     check_gradients(again, expected)
-    fresh.model.gradient_checkpointing_disable()
+    checkpoint_activations(fresh.model, on=False)
     assert run()[2] == forwards
 
 
@@ -270,7 +271,7 @@ def test_checkpointing_works_beside_a_frozen_table_and_tower(fresh, batch):
         layer.self_attn.q_proj.weight.requires_grad_(True)
     fresh.train()
     expected = gradients(fresh, stage2(fresh, batch).ce)
-    fresh.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(fresh.model)
     check_gradients(gradients(fresh, stage2(fresh, batch).ce), expected)
     assert len(expected) == 2 and all(gradient.abs().max() > 0 for gradient in expected.values())
 
@@ -372,10 +373,10 @@ def test_attention_to_padding_is_found_out(fresh, batch, monkeypatch):
     cache = own.SegmentCache
     forward = fresh.language_model.forward
 
-    def wrong(*args, attention_mask=None, past_key_values=None, **options):
-        if isinstance(past_key_values, cache):
+    def wrong(*args, attention_mask=None, **options):
+        if any(isinstance(value, cache) for value in options.values()):
             attention_mask = torch.ones_like(attention_mask)
-        return forward(*args, attention_mask=attention_mask, past_key_values=past_key_values, **options)
+        return forward(*args, attention_mask=attention_mask, **options)
 
     monkeypatch.setattr(fresh.language_model, "forward", wrong)
     with pytest.raises(AssertionError, match="hidden states"):

@@ -19,6 +19,7 @@ from mirage_vlm.benchmarks.train import forward_backward, labelled
 from mirage_vlm.benchmarks.workload import Endless, decode, engine_for
 from mirage_vlm.decoding import GenerationConfig
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.training.data import Collator
 from mirage_vlm.training.trainer import StageModule
 
@@ -250,7 +251,7 @@ def _stages(vlm: Endless, settings: GpuSettings) -> tuple[dict[str, torch.Tensor
     vlm.opens = False
     vlm.train()
     vlm.vision_tower.requires_grad_(False)
-    vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(vlm.model)
     sizes = (settings.prompt, settings.side)
     response = (settings.new_tokens, settings.spans, settings.k)
     examples = [example(vlm, *sizes, seed, *response) for seed in range(settings.train_batch)]

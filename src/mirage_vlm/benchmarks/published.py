@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.rollout import Batch
@@ -41,9 +42,7 @@ def decode_one(vlm: LatentVLM, prompt: Trajectory, new_tokens: int, max_spans: i
     tokens: list[int] = []
     thought, spans = -1, 0  # latents of the open span, −1 in text; spans so far
     while True:
-        hidden = vlm.language_model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        hidden = run_decoder(vlm.language_model, embeds, positions, past=cache).last_hidden_state[:, -1]
         if thought < 0:
             scores = vlm.logits(hidden)[0].float()
             scores[[*never, latent.start_id] if spans == max_spans else never] = -torch.inf
@@ -81,9 +80,7 @@ def stage2_one(vlm: LatentVLM, row: Batch) -> torch.Tensor:
     embeds = vlm.embed_prompt(ids, row.pixel_values, row.grid_thw)
 
     def read(end: int) -> torch.Tensor:
-        return vlm.language_model(
-            inputs_embeds=embeds[:, :end], position_ids=positions[:, :, :end], use_cache=False
-        ).last_hidden_state
+        return run_decoder(vlm.language_model, embeds[:, :end], positions[:, :, :end]).last_hidden_state
 
     patches = vlm.patches_of(ids, embeds, row.grid_thw)
     for t in (ids[0] == vlm.config.pad_id).nonzero().flatten().tolist():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from mirage_vlm.decoding.pool import BlockPool
+from mirage_vlm.modeling.decoder import run_decoder
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -214,12 +215,7 @@ def run_paged(vlm: LatentVLM, embeds: torch.Tensor, positions: torch.Tensor, pag
     config = vlm.language_model.config
     usual, config._attn_implementation = config._attn_implementation, PAGED
     try:
-        return vlm.language_model(
-            inputs_embeds=embeds,
-            attention_mask=dict.fromkeys(config.layer_types),  # `paged` knows what may be read
-            position_ids=positions,
-            use_cache=False,
-            paged=paged,
-        ).last_hidden_state
+        nothing = dict.fromkeys(config.layer_types)  # `paged` knows what may be read
+        return run_decoder(vlm.language_model, embeds, positions, nothing, paged=paged).last_hidden_state
     finally:
         config._attn_implementation = usual

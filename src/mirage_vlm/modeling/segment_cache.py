@@ -128,7 +128,7 @@ def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
     outer = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.gradient_checkpointing = False
-        layer.forward = partial(_checkpointed, layer.forward)
+        layer.forward = partial(_checkpointed, layer, layer.forward)
     try:
         yield
     finally:
@@ -140,8 +140,20 @@ def checkpoint_with_cache(language_model: Any) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _checkpointed(forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **told: Any) -> Any:
+def _checkpointed(layer: Any, forward: Callable[..., Any], hidden: torch.Tensor, *args: Any, **told: Any) -> Any:
     """A layer's forward of [B, L, D]."""
     if hidden.shape[1] <= NARROW:
         return forward(hidden, *args, **told)
-    return checkpoint(forward, hidden, *args, use_reentrant=False, **told)
+    return checkpoint(partial(_plainly, layer, forward), hidden, *args, use_reentrant=False, **told)
+
+
+def _plainly(layer: Any, forward: Callable[..., Any], *args: Any, **told: Any) -> Any:
+    """A layer's forward without transformers' own checkpointing, which takes the cache away.
+
+    It runs a second time in the backward pass, where the layer's flag is on again.
+    """
+    before, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    try:
+        return forward(*args, **told)
+    finally:
+        layer.gradient_checkpointing = before

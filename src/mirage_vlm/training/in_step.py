@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.modeling.segment_cache import checkpoint_with_cache
 from mirage_vlm.training.own import passes
 
@@ -75,12 +76,8 @@ def make_up(vlm: LatentVLM, taken: int, own: Needs, all_need: Needs) -> torch.Te
     token = torch.full((1, 1), vlm.tokenizer.eos_token_id, device=vlm.device)
     with checkpoint_with_cache(vlm.language_model):
         for _ in range(all_need.passes - taken):
-            hidden = vlm.language_model(
-                inputs_embeds=vlm.embed(token),
-                attention_mask=torch.ones_like(token),
-                position_ids=torch.zeros_like(token).expand(3, -1, -1),
-                use_cache=False,
-            ).last_hidden_state
+            positions, seen = torch.zeros_like(token).expand(3, -1, -1), torch.ones_like(token)
+            hidden = run_decoder(vlm.language_model, vlm.embed(token), positions, seen).last_hidden_state
             zero = zero + 0.0 * hidden.float().sum()
     return zero
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.modeling.segment_cache import SegmentCache, checkpoint_with_cache
 from mirage_vlm.training.rollout import Batch, Run, embeddings, span_runs
 from mirage_vlm.training.visibility import blind_positions, mask_of
@@ -222,13 +223,8 @@ class _Roll:
         """Run the decoder over [B, L, D] inputs at the columns from `offset` on; `keep` what they add to the cache."""
         end = offset + inputs.shape[1]
         cache = self.cache if keep else self.cache.draft()
-        hidden = self.vlm.language_model(
-            inputs_embeds=inputs,
-            attention_mask=self._seen(offset, end),
-            position_ids=self.positions[:, :, offset:end],
-            past_key_values=cache,
-            use_cache=False,  # else transformers warns that it leaves the cache out, which we put back in
-        ).last_hidden_state
+        positions, seen = self.positions[:, :, offset:end], self._seen(offset, end)
+        hidden = run_decoder(self.vlm.language_model, inputs, positions, seen, cache).last_hidden_state
         if keep:
             self.cache = cache.next()
         return hidden

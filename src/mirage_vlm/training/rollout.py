@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.training.packing import packed_attention
 from mirage_vlm.training.visibility import blind_positions, mask_of
 
@@ -93,4 +94,4 @@ def forward_given(
             places = torch.where(mask > 0, torch.arange(mask.shape[1], device=mask.device), -1)
             mask = mask_of(places, places, blind, batch.input_ids == vlm.family.image_token_id, embeds.dtype)
         told = {"attention_mask": mask, "position_ids": positions}
-    return vlm.language_model(inputs_embeds=embeds, use_cache=False, **told).last_hidden_state
+    return run_decoder(vlm.language_model, embeds, **told).last_hidden_state

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.checkpoint import has_latents
+from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Feedback
 from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -170,7 +171,7 @@ def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     if recipe.train.feature_cache is not None:
         vlm.feature_store = FeatureStore(recipe.train.feature_cache, vlm.vision_tower)
     if recipe.train.gradient_checkpointing:
-        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(vlm.model)
     return vlm
 
 

@@ -12,6 +12,7 @@ import torch
 from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.replace import oracle_targets
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.training.rollout import Run, span_runs
 from mirage_vlm.training.visibility import blind_positions, mask_of
 from mirage_vlm.trajectory import Image, Trajectory
@@ -208,13 +209,8 @@ def language_pass(
     if weights:
         config._attn_implementation = "eager"
     try:
-        return vlm.language_model(
-            inputs_embeds=inputs,
-            attention_mask=None if mask is None else mask.to(inputs),
-            position_ids=positions,
-            use_cache=False,
-            output_attentions=weights,
-        )
+        seen = None if mask is None else mask.to(inputs)
+        return run_decoder(vlm.language_model, inputs, positions, seen, output_attentions=weights)
     finally:
         config._attn_implementation = usual
 
