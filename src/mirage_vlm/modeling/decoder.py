@@ -38,7 +38,7 @@ def run_decoder(
         Its output; `last_hidden_state` is [B, L, D].
     """
     if past is not None:
-        more[cache_keyword(type(language_model))] = past
+        more[cache_keyword(type(language_model))] = past  # type: ignore[arg-type]
     return language_model(
         inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **more
     )

@@ -10,6 +10,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.rl.rewards import reward_of
 from mirage_vlm.tasks import score
 from mirage_vlm.tasks.make import GeneratedDataset
+from mirage_vlm.training.cache_check import check_cache
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
 from mirage_vlm.training.data import Examples, all_sources, open_all
 from mirage_vlm.training.recipe import Recipe
@@ -50,6 +51,8 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
 
     rl, train_ = recipe.rl, recipe.train
     assert rl is not None
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the first from transformers 5.24 on
+    checkpointing = next(name for name in names if name in GRPOConfig.__dataclass_fields__)
     arguments = training_arguments(
         recipe,
         GRPOConfig,
@@ -62,7 +65,7 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
         loss_type=rl.loss,
         scale_rewards=rl.scale,
         beta=0.0,  # TRL would load its reference by name; ours is given
-        gradient_checkpointing=False,  # of the decoder, which `prepare_model` sees to
+        **{checkpointing: False},  # of the decoder, which `prepare_model` sees to
         disable_dropout=True,  # which would make the engine and the trainer disagree
     )
     output = Path(recipe.output_dir)
@@ -75,6 +78,8 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
             raise MirageError(f"data: {len(examples)} examples do not make one step of {prompts} prompts")
         set_seed(train_.seed)
         vlm = prepare_model(recipe, examples)
+        if rl.latents == "reroll":
+            check_cache(vlm)
     if arguments.process_index == 0:
         write_recipe(recipe)
     arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient

@@ -25,6 +25,7 @@ from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
+from mirage_vlm.training.cache_check import check_cache
 from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, Checkpoints, MetricsFile
 from mirage_vlm.training.data import (
     Collator,
@@ -76,6 +77,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
                 check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
         alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
         fit(vlm, alignment, examples, recipe, arguments.device)
+        if recipe.stage == "stage2":
+            check_cache(vlm)
     if arguments.process_index == 0:
         write_recipe(recipe)
     # of these a process without pictures, or without spans, makes no gradient
