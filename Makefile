@@ -6,20 +6,28 @@ BENCH ?= all --out runs/bench.json
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTS ?=
+PYTEST_ALL := -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow gpu bench lint format clean
+.PHONY: help setup demo test test-oldest test-newest slow gpu bench lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## build .venv/ with the package (editable) and the development tools
 
 demo: $(STAMP)  ## solve a fresh map with the bundled model
 	@$(BIN)/mirage demo
 
-test: $(STAMP)  ## run the tests, without the slow ones, on all cores (at most 8)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+test: $(STAMP)  ## run the tests, without the slow ones, on all cores (at most 8); TESTS=tests/rl says which
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ALL) $(TESTS)
+
+test-oldest: $(VENV)-oldest/.installed  ## the same with the oldest versions of the declared ranges, in .venv-oldest/
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest $(PYTEST_ALL) $(TESTS)
+
+test-newest: $(VENV)-newest/.installed  ## the same with the newest versions, in .venv-newest/
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(PYTEST_ALL) $(TESTS)
 
 slow: $(STAMP)  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \
@@ -40,14 +48,21 @@ format: $(STAMP)  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv/, builds and caches (the bundled model and your runs stay)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+clean:  ## remove the environments, builds and caches (the bundled model and your runs stay)
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .pytest_cache .ruff_cache .mypy_cache
 	find src tests \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+define build
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Python 3.11 or newer is needed; name one: make setup PYTHON=python3.12")'
-	@echo "Building $(VENV)/ (a few minutes the first time) ..."
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@echo "Building $(@D)/ (a few minutes the first time) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $< -e '.[dev]'
 	@touch $@
+endef
+
+$(STAMP): constraints.txt pyproject.toml
+	$(build)
+
+$(VENV)-%/.installed: constraints-%.txt pyproject.toml
+	$(build)
