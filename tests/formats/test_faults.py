@@ -51,8 +51,6 @@ FAULTS = [
     (change("messages.0.content.1.text", ...), "messages[0].content[1].text", "is missing"),
     (change("messages.0.content.1.text", 7), "messages[0].content[1].text", "must be a string"),
     (change("messages.0.content.1.text", "\ud800"), "messages[0].content[1].text", "surrogate"),
-    (change("messages.0.content.1.text", "<|latent_pad|>"), "messages[0].content[1].text", "<|latent_pad|>"),
-    (change("messages.1.content", "<|latent_start|>"), "messages[1].content", "<|latent_start|>"),
     (change("messages.0.content.0.image", ...), "messages[0].content[0].image", "is missing"),
     (change("messages.0.content.0.reading", "x"), "messages[0].content[0].reading", "list of strings"),
     (change("messages.0.content.0.image", 3), "messages[0].content[0].image", "must be a path"),

@@ -224,26 +224,6 @@ def test_the_context_may_be_filled_to_the_last_token(encoder):
         encoder.prompt([user_turn(fits + "!")])
 
 
-def test_the_image_token_in_a_prompts_text(encoder):
-    with pytest.raises(MirageError, match=r"a text holds <\|image_pad\|>"):
-        encoder.prompt([user_turn(picture(1, 1, 0), "and <|image_pad|>?")])
-
-
-@pytest.mark.parametrize(
-    ("question", "answer"),
-    [
-        ("a <|latent_pad|> b", "c"),
-        ("a", "b <|latent_pad|> c"),
-        ("a", "b <|latent_start|> c"),
-        ("a", "b <|image_pad|> c"),
-    ],
-)
-def test_special_tokens_in_text(encoder, question, answer):
-    """They would be spans without a helper image, and places for pictures that there are not."""
-    with pytest.raises(MirageError):
-        encoder.example(dialogue([question], [answer]))
-
-
 def test_segments_where_they_cannot_be(encoder):
     with pytest.raises(MirageError, match="an earlier turn holds a latent span"):
         encoder.prompt([assistant_turn(span(0)), user_turn("Go")])

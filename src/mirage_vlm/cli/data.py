@@ -53,9 +53,10 @@ def check(
     files: Annotated[bool, typer.Option(help="Also open and decode every picture.")] = True,
 ) -> None:
     """Name the line and field of every fault of a data file; exit status 2 if there are any."""
-    from mirage_vlm.formats import scan
+    from mirage_vlm.formats import latent_marks, marks_note, scan
     from mirage_vlm.trajectory import Image
 
+    marked: list[tuple[str, str]] = []
     examples = spans = pictures = found = 0
     for example in scan(path, check_files=files, plain=_read_plain):
         examples += 1
@@ -66,11 +67,14 @@ def check(
             segments = [part for message in example.trajectory.messages for part in message.segments]
             spans += len(example.trajectory.spans)
             pictures += sum(isinstance(segment, Image) for segment in segments)
+            marked += latent_marks(example.trajectory)
     if not examples:
         raise MirageError(f"{path}: holds no examples")
     if found:
         typer.echo(f"{_count(examples, 'example')}: {_count(found, 'fault')}")
         raise typer.Exit(2)
+    if marked:
+        typer.echo(marks_note(marked))
     counts = (_count(examples, "example"), _count(spans, "latent span"), _count(pictures, "picture"))
     typer.echo(f"{', '.join(counts)}: no faults")
 

@@ -8,6 +8,7 @@ from mirage_vlm.formats.chat import to_record
 from mirage_vlm.formats.faults import Fault
 from mirage_vlm.formats.hf import from_dataset, load_dataset_dir, save_dataset_dir, to_dataset
 from mirage_vlm.formats.jsonl import read_jsonl, write_jsonl, write_reference
+from mirage_vlm.formats.latent_marks import latent_marks, marks_note
 from mirage_vlm.formats.pictures import ImageFolder, ImageSource, as_given, embed, seen_from
 from mirage_vlm.formats.records import detect_format, faults, from_record
 from mirage_vlm.formats.scanning import Scanned, read_data, scan
@@ -25,7 +26,9 @@ __all__ = [
     "faults",
     "from_dataset",
     "from_record",
+    "latent_marks",
     "load_dataset_dir",
+    "marks_note",
     "read_data",
     "read_jsonl",
     "save_dataset_dir",

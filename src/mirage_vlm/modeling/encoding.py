@@ -6,7 +6,7 @@ exactly the tokens it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,15 @@ from PIL.Image import Resampling
 from torch.nn.utils.rnn import pad_sequence
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LATENT_TOKENS, LatentConfig
+from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LatentConfig
 from mirage_vlm.modeling.family import QwenVL
 from mirage_vlm.modeling.features import picture_keys
+from mirage_vlm.modeling.plain_text import PlainText
 from mirage_vlm.modeling.pooling import span_length
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
 IGNORED = -100
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -79,28 +81,41 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Everything of a checkpoint that turns trajectories into tensors; light, so that workers can hold it."""
+    """Everything of a checkpoint that turns trajectories into tensors; light, so that workers can hold it.
+
+    Attributes:
+        stops: the tokens that end a response.
+    """
 
     tokenizer: Any
     image_processor: Any
     config: LatentConfig
     family: QwenVL
+    stops: tuple[int, ...] = ()
+
+    @cached_property
+    def plain(self) -> PlainText:
+        """What keeps text from becoming control tokens."""
+        return PlainText(self.tokenizer, (*self.family.mark_ids, *self.stops))
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], Pictures | None]:
         """Token ids of a prompt up to where the response begins, and its pictures.
 
         Raises:
-            MirageError: a picture cannot be read, an earlier turn holds a latent span, a text holds the mark of a
-                picture or a span, or the prompt is longer than the model's context.
+            MirageError: a picture cannot be read, an earlier turn holds a latent span, a role is unknown, or the prompt
+                is longer than the model's context.
         """
-        self._check_text([s for m in messages for s in m.segments])
+        if unknown := [m.role for m in messages if m.role not in ROLES]:
+            raise MirageError(f"a turn's role must be one of {', '.join(ROLES)}, not {unknown[0]!r}")
         pictures = self.pictures([s for m in messages for s in m.segments if isinstance(s, Image)])
+        hidden = self.plain.hide([run for m in messages for run in _runs(m.segments, Image)])
+        texts = iter(hidden.texts)
         text = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": [_template_part(s) for s in m.segments]} for m in messages],
+            [{"role": m.role, "content": [_template_part(s, texts) for s in m.segments]} for m in messages],
             tokenize=False,
             add_generation_prompt=True,
         )
-        ids = self._expand_images(self.tokenizer(text, add_special_tokens=False)["input_ids"], pictures)
+        ids = self._expand_images(self.plain.ids(text, hidden), pictures)
         self._check_length(len(ids), "a prompt")
         return ids, pictures
 
@@ -117,15 +132,13 @@ class Encoder:
         Raises:
             MirageError: as `prompt`, and for a span without helper image or with k larger than its patches.
         """
-        self._check_text(trajectory.response)
         prompt, images = self.prompt(trajectory.prompt)
         helpers = None
         if targets or self.config.pooling == "full":
             helpers = self._target_pictures(trajectory, images)
         grids = [None] * len(trajectory.spans) if helpers is None else list(helpers.grid_thw)
         lengths = [self._span_length(span, grid) for span, grid in zip(trajectory.spans, grids, strict=True)]
-        text = render_response(trajectory.response, lengths) + self.tokenizer.eos_token
-        input_ids = torch.tensor(prompt + self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        input_ids = torch.tensor(prompt + self._response(trajectory.response, lengths))
         self._check_length(len(input_ids), "an example")
         labels = input_ids.clone()
         labels[: len(prompt)] = IGNORED
@@ -137,6 +150,16 @@ class Encoder:
         if not targets:
             return Encoded(input_ids, labels, images, None)
         return Encoded(input_ids, labels, images, helpers, boxes(trajectory.spans, lengths))
+
+    def _response(self, segments: Sequence[Segment], lengths: Sequence[int]) -> list[int]:
+        """Token ids of a response, each span as start, k pads and end, and of the end of its turn."""
+        hidden = self.plain.hide(_runs(segments, LatentSpan))
+        texts, remaining = iter(hidden.texts), iter(lengths)
+        text = "".join(
+            LATENT_START + LATENT_PAD * next(remaining) + LATENT_END if isinstance(s, LatentSpan) else next(texts)
+            for s in segments
+        )
+        return self.plain.ids(text + self.tokenizer.eos_token, hidden)
 
     def pictures(self, images: Sequence[Image]) -> Pictures | None:
         """Pictures through the image processor, resized by the checkpoint's `image_scale` first.
@@ -165,7 +188,7 @@ class Encoder:
             patches, places = places[: height * width], places[height * width :]
             if image.reading is None:
                 continue
-            known = {word: self.tokenizer(word, add_special_tokens=False)["input_ids"] for word in set(image.reading)}
+            known = {word: self.plain.words(word) for word in set(image.reading)}
             longer = next((word for word, ids in known.items() if len(ids) != 1), None)
             if len(image.reading) != len(patches) or longer is not None:
                 fault = (
@@ -230,14 +253,6 @@ class Encoder:
             raise MirageError(f"a latent span of k = {span.k} has {len(span.regions)} regions; it needs one a latent")
         return len(span.regions)
 
-    def _check_text(self, segments: Sequence[Segment]) -> None:
-        """Text must not write the marks of pictures and spans itself."""
-        image = self.tokenizer.convert_ids_to_tokens(self.family.image_token_id)
-        for segment in segments:
-            for mark in (*LATENT_TOKENS, image):
-                if isinstance(segment, Text) and mark in segment.text:
-                    raise MirageError(f"a text holds {mark}; pictures and latent spans are segments of their own")
-
     def _check_length(self, length: int, what: str) -> None:
         if length > self.family.max_positions:
             raise MirageError(
@@ -255,15 +270,6 @@ class Encoder:
         return [token for i in ids for token in ([i] * next(remaining) if i == image_token else [i])]
 
 
-def render_response(segments: Sequence[Segment], lengths: Sequence[int]) -> str:
-    """The response as one string, each span as start, k pads and end."""
-    remaining = iter(lengths)
-    return "".join(
-        LATENT_START + LATENT_PAD * next(remaining) + LATENT_END if isinstance(s, LatentSpan) else _text(s)
-        for s in segments
-    )
-
-
 def boxes(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor | None:
     """[latents, 4 · most of a latent] boxes of all latents, NaN for those not there; None where no span has any."""
     if all(span.regions is None for span in spans):
@@ -272,10 +278,21 @@ def boxes(spans: Sequence[LatentSpan], lengths: Sequence[int]) -> torch.Tensor |
     return pad_sequence(each, batch_first=True, padding_value=torch.nan)
 
 
-def _template_part(segment: Segment) -> dict[str, Any]:
+def _runs(segments: Sequence[Segment], between: type) -> list[list[str]]:
+    """The texts of a turn, those in one list that nothing stands between."""
+    runs: list[list[str]] = [[]]
+    for segment in segments:
+        if isinstance(segment, between):
+            runs.append([])
+        else:
+            runs[-1].append(_text(segment))
+    return runs
+
+
+def _template_part(segment: Segment, texts: Iterator[str]) -> dict[str, Any]:
     if isinstance(segment, Image):
         return {"type": "image"}
-    return {"type": "text", "text": _text(segment)}
+    return {"type": "text", "text": next(texts)}
 
 
 def _text(segment: Segment) -> str:

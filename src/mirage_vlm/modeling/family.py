@@ -24,6 +24,8 @@ class QwenVL:
 
     def __init__(self, config: Any):
         self.image_token_id: int = config.image_token_id
+        marks = (getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end"))
+        self.mark_ids: tuple[int, ...] = tuple(mark for mark in marks if mark is not None)  # of pictures and videos
         self.max_positions: int = config.text_config.max_position_embeddings
         self.merge: int = config.vision_config.spatial_merge_size
 

@@ -46,7 +46,8 @@ class LatentVLM(Pretrained):
         self.config = config
         self.family = family_of(model.config)
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
-        self.encoder = Encoder(tokenizer, image_processor, config, self.family)
+        stops = () if tokenizer is None else tuple(sorted(self.stop_ids()))
+        self.encoder = Encoder(tokenizer, image_processor, config, self.family, stops)
         self.feedback = build_feedback(config.feedback, self.width, config.codes).to(model.device, model.dtype)
         self.pooling = build_pooling(config.pooling, self.width, config.latent_size).to(model.device, model.dtype)
         config.write(model.config)
