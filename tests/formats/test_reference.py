@@ -78,7 +78,6 @@ def test_reference_extras(folder):
         ({"text_output": "<output_image>", "image_output": []}, "text_output", "marks 1"),
         ({"text_output": "<image>", "image_output": ["images/map.png"] * 2}, "text_output", "marks 1"),
         ({"text_output": "<|latent_start|>x"}, "text_output", "<|latent_start|>"),
-        ({"text_input": "<|latent_end|>"}, "text_input", "<|latent_end|>"),
         ({"image_input": "images/no.png"}, "image_input", "no such file"),
         ({"image_input": ["images/map.png", 3]}, "image_input[1]", "must be a path"),
         ({"image_output": ["images/map.png", "images/broken.png"]}, "image_output[1]", "not a picture"),

@@ -59,7 +59,7 @@ class PlainText:
         return hidden
 
     def _hide(self, texts: Sequence[str], hidden: Hidden) -> None:
-        """Add the texts of a run, with a private character for each part of a control string that stands in one text."""
+        """Add the texts of a run, with a private character for each part of a control string that one of them holds."""
         assert self._pattern is not None
         places = [match.span() for match in self._pattern.finditer("".join(texts))]
         start = 0
