@@ -235,9 +235,9 @@ def test_no_checkpoint_at_all(tmp_path, saved):
     for path in (tmp_path / "empty", saved / "config.json"):
         with pytest.raises(MirageError, match=f"{path}: not a checkpoint"):
             LatentVLM.from_pretrained(path)
-    with pytest.raises(MirageError, match=r"nowhere: no checkpoint can be read there"):
+    with pytest.raises(MirageError, match=r"nowhere: no such folder"):
         LatentVLM.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(MirageError, match=r"nowhere: no checkpoint can be read there"):
+    with pytest.raises(MirageError, match=r"nowhere: no such folder"):
         LatentVLM.from_base(tmp_path / "nowhere")
 
 

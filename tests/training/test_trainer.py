@@ -349,7 +349,7 @@ def test_k_larger_than_the_helper_images(recipe, tmp_path):
 
 
 def test_a_start_that_is_not_there(recipe, tmp_path):
-    with pytest.raises(MirageError, match=r"nowhere: no checkpoint can be read there"):
+    with pytest.raises(MirageError, match=r"nowhere: no such folder"):
         run.train(recipe("model.scratch=", f"model.path={tmp_path}/nowhere"))
     with pytest.raises(MirageError, match=r"none\.jsonl"):
         run.train(recipe(f"data=[{{path: {tmp_path}/none.jsonl}}]"))

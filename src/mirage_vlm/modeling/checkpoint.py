@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -20,9 +18,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.bundled import located
 from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
+from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.feedback import Feedback, same_weights
 from mirage_vlm.modeling.pooling import LEARNT
+from mirage_vlm.modeling.soundness import (
+    check_finite,
+    check_loading,
+    check_model,
+    check_processor,
+    check_template,
+    check_tokenizer,
+    one_line,
+)
 
 FEEDBACK_FILE = "latent_feedback.safetensors"
 POOLING_FILE = "latent_pooling.safetensors"
@@ -51,16 +60,18 @@ class Pretrained(nn.Module):
         """Load a checkpoint with latent tokens, Mirage's own or the reference implementation's.
 
         Args:
-            path: a folder, or a name on the Hugging Face hub.
+            path: a folder, a name on the Hugging Face hub, or `bundled` and its kin.
             device: where to put it; the CPU by default.
             dtype: `auto` keeps the checkpoint's.
             attn: attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`).
             latent: fields of `LatentConfig` to use instead of the checkpoint's.
 
         Raises:
-            MirageError: there is no such checkpoint, it has no latent tokens, or ids and tokenizer disagree.
+            MirageError: there is no such checkpoint, it has no latent tokens, its parts do not fit together, weights
+                are not numbers, or an option is unknown.
         """
-        hf_config = _read_config(path)
+        _check_options(latent)
+        hf_config = read_config(path)
         saved = LatentConfig.read(hf_config, str(path))
         config = replace(saved, **latent)
         model, tokenizer, image_processor = _load_parts(path, hf_config, dtype, attn)
@@ -98,13 +109,15 @@ class Pretrained(nn.Module):
         """Load an ordinary VLM and give it the three latent tokens.
 
         Args:
-            path: a folder, or a name on the Hugging Face hub.
+            path: a folder, a name on the Hugging Face hub, or `bundled-base`.
             latent: fields of `LatentConfig` (`latent_size`, `pooling`, `feedback`, `stop_rule`, `image_scale`).
 
         Raises:
-            MirageError: there is no such checkpoint, or an option is unknown.
+            MirageError: there is no such checkpoint, its parts do not fit together, weights are not numbers, or an
+                option is unknown.
         """
-        vlm = cls.with_latents(*_load_parts(path, _read_config(path), dtype, attn), **latent)
+        _check_options(latent)
+        vlm = cls.with_latents(*_load_parts(path, read_config(path), dtype, attn), **latent)
         return vlm.to(device).eval() if device is not None else vlm.eval()
 
     @classmethod
@@ -170,14 +183,27 @@ class Pretrained(nn.Module):
                 (folder / file).write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
+def _check_options(latent: Mapping[str, Any]) -> None:
+    """Whether every option is a field of `LatentConfig`."""
+    known = [field.name for field in fields(LatentConfig)]
+    if unknown := next((name for name in latent if name not in known), None):
+        raise MirageError(f"unknown option {unknown!r}; known: {', '.join(known)}")
+
+
 def _load_part(part: nn.Module, path: str | Path, file: str, what: str) -> None:
     """Read the weights of a part beside the model, if it has any."""
     if not part.state_dict():
         return
-    weights = Path(path) / file
+    weights = Path(located(path)) / file
     if not weights.exists():
         raise MirageError(f"{path}: {what} has weights, but {file} is missing")
-    part.load_state_dict(load_file(weights))
+    try:
+        found = load_file(weights)
+        part.load_state_dict(found)
+    except Exception as fault:  # safetensors raises one kind at damaged files, torch others at other names and shapes
+        reason = " ".join(str(fault).split())
+        raise MirageError(f"{path}: {what} cannot be read from {file}: {reason}") from fault
+    check_finite(found.items(), f"{path}: {file}")
 
 
 def has_latents(path: str | Path) -> bool:
@@ -186,33 +212,56 @@ def has_latents(path: str | Path) -> bool:
     Raises:
         MirageError: there is no checkpoint.
     """
-    return hasattr(_read_config(path), "latent_token_id")
+    return hasattr(read_config(path), "latent_token_id")
 
 
-def _read_config(path: str | Path) -> Any:
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise MirageError(f"{path}: not a checkpoint (there is no config.json in it)")
+def read_config(path: str | Path) -> Any:
+    place = located(path)
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as fault:
-        raise MirageError(f"{path}: no checkpoint can be read there: {_first_line(fault)}") from fault
+        return AutoConfig.from_pretrained(place)
+    except Exception as fault:  # a damaged config.json makes transformers raise all kinds
+        if Path(place).exists():
+            raise MirageError(f"{path}: its config.json cannot be used: {one_line(fault)}") from fault
+        raise MirageError(f"{path}: no such folder, and the hub gives no such model: {one_line(fault)}") from fault
 
 
 def _load_parts(path: str | Path, config: Any, dtype: str | torch.dtype, attn: str | None) -> tuple[Any, Any, Any]:
+    place, family, kind = located(path), family_of(config), _dtype(dtype)
     try:
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True
+            place,
+            config=config,
+            dtype=kind,
+            attn_implementation=attn,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, by name
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as fault:  # of whatever kind: a file is damaged, or config.json asks for what cannot be
+        raise MirageError(f"{path}: the checkpoint cannot be loaded: {one_line(fault)}") from fault
+    check_loading(loading, str(path))
+    check_model(model, str(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as fault:  # as above
+        raise MirageError(f"{path}: the tokenizer cannot be loaded: {one_line(fault)}") from fault
+    try:
         # PIL on purpose: torchvision is not needed
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    except (OSError, ValueError, KeyError, SafetensorError) as fault:
-        raise MirageError(f"{path}: the checkpoint cannot be loaded: {_first_line(fault)}") from fault
-    if missing := sorted(loading["missing_keys"]):
-        raise MirageError(f"{path}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
+        image_processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+    except Exception as fault:  # as above
+        raise MirageError(f"{path}: the image processor cannot be loaded: {one_line(fault)}") from fault
+    check_tokenizer(tokenizer, model, family, str(path))
+    check_processor(image_processor, config, str(path))
+    check_template(tokenizer, family, str(path))
     return model, tokenizer, image_processor
 
 
-def _first_line(fault: BaseException) -> str:
-    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A type that weights can have.
+
+    Raises:
+        MirageError: it is none.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise MirageError(f"dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ _KEYS = {
     "evict_images": "latent_evict_images",
     "image_scale": "image_scale",
 }
+_LEAST = {"latent_size": 1, "start_id": 0, "pad_id": 0, "end_id": 0, "codes": 1}  # whole numbers
+_NAMES = ("pooling", "feedback", "stop_rule", "target")
+_FLAGS = ("places", "evict_images")
 
 
 @dataclass(frozen=True)
@@ -65,21 +69,23 @@ class LatentConfig:
     image_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.latent_size < 1:
-            raise MirageError(f"latent_size must be positive, not {self.latent_size}")
+        for name in _KEYS:
+            if fault := _kind_fault(name, getattr(self, name)):
+                raise MirageError(f"{name} {fault}")
+        if len({self.start_id, self.pad_id, self.end_id}) < 3:
+            ids = f"{self.start_id}, {self.pad_id} and {self.end_id}"
+            raise MirageError(f"start_id, pad_id and end_id must be three different tokens, not {ids}")
         if self.stop_rule not in STOP_RULES:
             raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
         if self.target not in TARGETS:
             raise MirageError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
-        if self.codes < 1:
-            raise MirageError(f"codes must be positive, not {self.codes}")
 
     @classmethod
     def read(cls, config: Any, where: str) -> LatentConfig:
         """Read it from a transformers config.
 
         Raises:
-            MirageError: a key of the latent tokens is missing.
+            MirageError: a key of the latent tokens is missing, or a value is of the wrong kind.
         """
         missing = [_KEYS[name] for name in ("start_id", "pad_id", "end_id") if not hasattr(config, _KEYS[name])]
         if missing or not hasattr(config, "latent_size"):
@@ -89,9 +95,30 @@ class LatentConfig:
                 "LatentVLM.from_base"
             )
         values = {name: getattr(config, key) for name, key in _KEYS.items() if hasattr(config, key)}
-        return cls(**values)
+        for name, value in values.items():
+            if fault := _kind_fault(name, value):
+                raise MirageError(f"{where}: config.json: {_KEYS[name]} {fault}")
+        try:
+            return cls(**values)
+        except MirageError as fault:
+            raise MirageError(f"{where}: config.json: {fault}") from fault
 
     def write(self, config: Any) -> None:
         """Put it into a transformers config, so that it is saved in `config.json`."""
         for name, key in _KEYS.items():
             setattr(config, key, getattr(self, name))
+
+
+def _kind_fault(name: str, value: Any) -> str | None:
+    """What is wrong with the kind of a field's value, whatever it came from; None where nothing is."""
+    if name in _FLAGS:
+        return None if isinstance(value, bool) else f"must be true or false, not {value!r}"
+    if name in _NAMES:
+        return None if isinstance(value, str) else f"must be a name, not {value!r}"
+    if name in _LEAST:
+        sound = type(value) is int and value >= _LEAST[name]
+        return None if sound else f"must be a whole number of at least {_LEAST[name]}, not {value!r}"
+    if name == "image_scale":
+        sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        return None if sound else f"must be a number above 0, not {value!r}"
+    return None

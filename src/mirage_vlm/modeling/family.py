@@ -35,6 +35,10 @@ class QwenVL:
     def language_model(self, model: Any) -> nn.Module:
         return model.model.language_model
 
+    def tied(self, model: Any) -> bool:
+        """Whether the input embeddings are the LM head too; the weights know, since configs say it at either level."""
+        return model.get_input_embeddings().weight is model.lm_head.weight
+
     def merged_grid(self, grid_thw: torch.Tensor) -> tuple[int, int]:
         """(h, w) of the tokens of one picture, from the image processor's patch grid [3]."""
         _, height, width = grid_thw.tolist()

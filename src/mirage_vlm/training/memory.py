@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.checkpoint import read_config
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.training.recipe import Recipe
 
@@ -55,13 +56,13 @@ def model_shape(path: str) -> Any:
         text |= {"num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocabulary}
         vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": width}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-        config.text_config.tie_word_embeddings = tied
     else:
         try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as fault:
-            known = ", ".join(_PUBLISHED)
-            raise MirageError(f"model.path: no checkpoint in {path}; give one, or a name out of {known}") from fault
+            config = read_config(path)
+            family_of(config)
+        except MirageError as fault:
+            known = " and ".join(_PUBLISHED)
+            raise MirageError(f"model.path: {fault}; the shapes of {known} are known without the network") from fault
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
@@ -80,7 +81,7 @@ def sizes(model: Any, recipe: Recipe) -> Sizes:
         for name, module in decoder.layers[0].named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in lora.modules
     )
-    tied = model.config.get_text_config().tie_word_embeddings
+    tied = family.tied(model)
     tokens = 3 * decoder.config.hidden_size * (1 if tied else 2)  # the latent tokens' rows
     added = adapters * len(decoder.layers) + tokens
     return Sizes(total + added, added, layer + adapters, rest + tokens, tokens)

@@ -243,7 +243,7 @@ def add_adapters(vlm: LatentVLM, lora: LoraRecipe) -> None:
     if not wanted:
         raise MirageError(f"model.lora.modules: no layer of the decoder is named {', '.join(lora.modules)}")
     tokens = [vlm.config.start_id, vlm.config.pad_id, vlm.config.end_id]
-    tied = vlm.model.config.get_text_config().tie_word_embeddings
+    tied = vlm.family.tied(vlm.model)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
