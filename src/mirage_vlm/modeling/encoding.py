@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL.Image import Resampling
 from torch.nn.utils.rnn import pad_sequence
 
@@ -110,11 +111,11 @@ class Encoder:
         pictures = self.pictures([s for m in messages for s in m.segments if isinstance(s, Image)])
         hidden = self.plain.hide([run for m in messages for run in _runs(m.segments, Image)])
         texts = iter(hidden.texts)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": m.role, "content": [_template_part(s, texts) for s in m.segments]} for m in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        turns = [{"role": m.role, "content": [_template_part(s, texts) for s in m.segments]} for m in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as fault:  # some allow no system turn, for one
+            raise MirageError(f"the chat template refuses this prompt: {fault}") from fault
         ids = self._expand_images(self.plain.ids(text, hidden), pictures)
         self._check_length(len(ids), "a prompt")
         return ids, pictures

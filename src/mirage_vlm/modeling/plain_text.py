@@ -87,7 +87,7 @@ class PlainText:
     def words(self, text: str) -> list[int]:
         """Token ids of a text that stands alone."""
         hidden = self.hide([[text]])
-        return self.ids(*hidden.texts, hidden)
+        return self.ids(hidden.texts[0], hidden)
 
     def _tokens(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
