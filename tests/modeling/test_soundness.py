@@ -16,6 +16,7 @@ from mirage_vlm.modeling import LatentConfig, LatentVLM, checkpoint
 from mirage_vlm.modeling.bundled import BUNDLED, BUNDLED_BASE, BUNDLED_TASKS, located
 from mirage_vlm.modeling.checkpoint import has_latents
 from mirage_vlm.modeling.scratch import CHAT_TEMPLATE, train_tokenizer
+from mirage_vlm.modeling.soundness import check_finite
 from mirage_vlm.trajectory import user_turn
 
 
@@ -287,6 +288,18 @@ def test_weights_that_are_no_numbers(spoiled, part, value):
 def test_weights_that_are_large_are_numbers(spoiled):
     edit_weights(spoiled, lambda weights: weights["lm_head.weight"].fill_(3e38))
     assert LatentVLM.from_pretrained(spoiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_of_every_width(dtype, value):
+    for size in (1, 7, 5000):
+        weights = torch.full((size, 9), 3.0, dtype=dtype)
+        weights[0, 0] = torch.finfo(dtype).max
+        check_finite([("sound", weights), ("whole", torch.ones(3, dtype=torch.int64))], "here")
+        weights[size // 2, 5] = value
+        with pytest.raises(MirageError, match=rf"^here: spoilt holds 1 of {size * 9:,} numbers that are NaN"):
+            check_finite([("spoilt", weights)], "here")
 
 
 def test_both_inf_signs_in_one_tensor(spoiled):

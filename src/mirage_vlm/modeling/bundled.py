@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,10 +16,10 @@ _FOLDERS = {BUNDLED: "vsp-small", BUNDLED_BASE: "vsp-small-base", BUNDLED_TASKS:
 
 
 def resolve(model: str) -> str:
-    """A model name as a path: names that begin with `bundled` are the package's own, anything else is left alone."""
+    """A model name as a path: the package's own models by name, `~` as the home folder; anything else is left alone."""
     if model in _FOLDERS:
         return str(Path(__file__).parent.parent / "assets" / _FOLDERS[model])
-    return model
+    return os.path.expanduser(model)
 
 
 def located(model: str | Path) -> str:
@@ -29,8 +30,6 @@ def located(model: str | Path) -> str:
     """
     name = str(model)
     folder = Path(resolve(name))
-    if name.startswith("~"):
-        folder = folder.expanduser()
     if name and folder.exists():
         if not (folder / "config.json").is_file():
             what = "there is no config.json in it" if folder.is_dir() else "it is a file; give the folder it is in"

@@ -27,7 +27,7 @@ def check_loading(loading: Mapping[str, Any], where: str) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise MirageError(f"{where}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
     if other := sorted(loading.get("mismatched_keys") or ()):
-        name, stored, wanted = other[0]
+        name, stored, wanted = other[0]  # of the first weight by name
         raise MirageError(
             f"{where}: config.json does not fit the weights: {name} is {_shape(stored)}, but should be {_shape(wanted)}"
         )
@@ -68,8 +68,8 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: str) -> Non
     for name, tensor in weights:
         if tensor.is_meta or not tensor.is_floating_point():
             continue
-        # a sum is not finite where a part is not, and takes no room; where it is not, it may only be too large
-        if math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all()):
+        # a sum is not finite where a part is not, and takes next to no time; where it is not, it may only be too large
+        if math.isfinite(tensor.sum()) or bool(tensor.isfinite().all()):
             continue
         bad = int((~tensor.isfinite()).sum())
         raise MirageError(
