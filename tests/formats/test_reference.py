@@ -149,6 +149,7 @@ SPAN = LatentSpan(helper=Image("h.png"))
         ((user_turn("?", Image("a.png")), assistant_turn("!")), "pictures of the question before its text"),
         ((user_turn("?"), assistant_turn(SPAN, Image("a.png"))), "no pictures in the response"),
         ((user_turn("?"), assistant_turn("<image>", SPAN)), "reads '<image>'"),
+        ((user_turn("?"), assistant_turn("<|latent_pad|>", SPAN)), "reads '<|latent_pad|>'"),
         ((user_turn("?"), assistant_turn(LatentSpan(k=3, helper=Image("h.png")))), "k = 3"),
         ((user_turn("?"), assistant_turn(LatentSpan(latents=torch.zeros(1, 2)))), "needs a helper image"),
         ((user_turn("?"), assistant_turn(replace(SPAN, latents=torch.zeros(1, 2)))), "decoded latents"),

@@ -81,6 +81,8 @@ def _misfit(trajectory: Trajectory) -> str | None:
             return "has no pictures in the response"
         if isinstance(segment, Text) and (mark := _MARKS.search(segment.text)):
             return f"reads {mark.group()!r} in a response as a latent span"
+        if isinstance(segment, Text) and (token := next((t for t in LATENT_TOKENS if t in segment.text), None)):
+            return f"reads {token!r} in a response as part of a latent span"
         if isinstance(segment, LatentSpan) and segment.helper is None:
             return "needs a helper image for every latent span"
         if isinstance(segment, LatentSpan) and segment.k is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 # by its module: the top level of transformers 5.16 refuses the class where torchvision is missing
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import logging
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import located
@@ -228,14 +230,15 @@ def read_config(path: str | Path) -> Any:
 def _load_parts(path: str | Path, config: Any, dtype: str | torch.dtype, attn: str | None) -> tuple[Any, Any, Any]:
     place, family, kind = located(path), family_of(config), _dtype(dtype)
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            place,
-            config=config,
-            dtype=kind,
-            attn_implementation=attn,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused below, by name
-        )
+        with _without_report():
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                place,
+                config=config,
+                dtype=kind,
+                attn_implementation=attn,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are refused below, by name
+            )
     except Exception as fault:  # of whatever kind: a file is damaged, or config.json asks for what cannot be
         raise MirageError(f"{path}: the checkpoint cannot be loaded: {one_line(fault)}") from fault
     check_loading(loading, str(path))
@@ -253,6 +256,18 @@ def _load_parts(path: str | Path, config: Any, dtype: str | torch.dtype, attn: s
     check_processor(image_processor, config, str(path))
     check_template(tokenizer, family, str(path))
     return model, tokenizer, image_processor
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without the table in which transformers warns of weights that do not fit: they are refused in one line."""
+    before = logging.get_verbosity()
+    if before == logging.WARNING:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
