@@ -26,7 +26,10 @@ def evaluate(
         typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset; repeat it for several."),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Make held-out examples of this task; repeat it for several.")
+        list[str] | None,
+        typer.Option(
+            help="Make held-out examples of this task (repeat it for several); beside --data with rows that name no task, theirs."
+        ),
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,

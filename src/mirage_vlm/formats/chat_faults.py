@@ -44,9 +44,7 @@ def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -
         yield replace(fault, field=names.get(fault.field, fault.field))
 
 
-def _faults(
-    record: Mapping[str, Any], found: list[Fault], base: Path | None, check_files: bool
-) -> Iterator[Fault]:
+def _faults(record: Mapping[str, Any], found: list[Fault], base: Path | None, check_files: bool) -> Iterator[Fault]:
     """As `faults`, of a record without columns; `found` is what was wrong with those."""
     messages = record.get("messages")
     if messages is None:

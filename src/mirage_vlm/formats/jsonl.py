@@ -72,6 +72,7 @@ def scan_jsonl(path: Path, *, check_files: bool, plain: PlainReader | None) -> I
     except OSError as fault:
         raise MirageError(f"{path}: cannot be read: {fault.strerror or fault}") from fault
 
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Iterable[bytes]]:
     """The lines of a file, unpacked where it is gzip, whatever its name."""

@@ -1,4 +1,4 @@
-"""Records as others write them, turned into the chat form: ShareGPT/LLaVA `conversations`, TRL's `prompt` + `completion`.
+"""Records as others write them, turned into the chat form: ShareGPT's `conversations`, TRL's `prompt` and `completion`.
 
 What cannot be said in the chat form is a fault of the record; all else is left to the chat form's own check, whose
 faults get the names that the fields have here.
@@ -44,7 +44,9 @@ class InChatForm:
 
     def renamed(self, fault: Fault) -> Fault:
         """A fault of `record` as one of the original."""
-        matching = (name for name in self.names if fault.field == name or fault.field.startswith((f"{name}.", f"{name}[")))
+        matching = (
+            name for name in self.names if fault.field == name or fault.field.startswith((f"{name}.", f"{name}["))
+        )
         longest = max(matching, key=len, default=None)
         if longest is None:
             return fault

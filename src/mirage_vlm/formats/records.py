@@ -76,9 +76,7 @@ def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -
         yield Fault("messages", f"is missing; an example has {forms}")
     elif form in _OTHERS:
         made = _OTHERS[form](record)
-        yield from made.faults or map(
-            made.renamed, chat_faults.faults(made.record, base=base, check_files=check_files)
-        )
+        yield from made.faults or map(made.renamed, chat_faults.faults(made.record, base=base, check_files=check_files))
     else:
         yield from chat_faults.faults(record, base=base, check_files=check_files)
 

@@ -153,11 +153,10 @@ def find_boxed(text: str) -> tuple[int, int] | None:
 
 def _last_answer(text: str) -> tuple[int, int, str] | None:
     """Where the answer that was opened last begins and ends, and what it holds."""
-    opened = None
-    for opened in _OPENED.finditer(text):
-        pass
-    if opened is None:
+    found = list(_OPENED.finditer(text))
+    if not found:
         return None
+    opened = found[-1]
     if not opened.group().endswith("{"):
         closed = _CLOSED.search(text, opened.end())
         return None if closed is None else (opened.start(), closed.end(), text[opened.end() : closed.start()])

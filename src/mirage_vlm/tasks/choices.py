@@ -153,7 +153,9 @@ def _choices_faults(choices: Any, letter: Any) -> Iterator[Fault]:
         hint = ' such as {"A": "left", "B": "right"}' if isinstance(choices, list) else ""
         yield Fault("meta.choices", f"must be an object of texts{hint}, not {choices!r:.200}")
     elif not isinstance(letter, str) or letter not in choices:
-        yield Fault("meta.letter", f"is {letter!r:.40}, which is none of {', '.join(map(str, choices)) or 'the choices'}")
+        yield Fault(
+            "meta.letter", f"is {letter!r:.40}, which is none of {', '.join(map(str, choices)) or 'the choices'}"
+        )
 
 
 def score_letter(

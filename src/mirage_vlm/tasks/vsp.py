@@ -133,7 +133,6 @@ class Planning(Task):
         remark = "fewest" if optimal else f"{fewest} would do"
         return Score(True, True, optimal, f"reaches the gift in {count(len(moves), 'move')} ({remark})")
 
-
     def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
         return map_faults(trajectory.meta)
 
