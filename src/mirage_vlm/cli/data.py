@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.import_data import import_data
-from mirage_vlm.cli.options import levels_of, parse_levels
+from mirage_vlm.cli.options import levels_of, parse_levels, untold_note
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -88,12 +88,10 @@ def check(
         typer.echo(f"{_count(examples, 'example')}: {_count(len(found), 'fault')}")
         raise typer.Exit(2)
     if untold:
-        typer.echo(
-            f"note: {_count(untold, 'example')} with an answer but without a task: answers are compared letter for "
-            "letter, and any text counts as a valid one (--task names a task)"
-        )
+        typer.echo(f"note: {untold_note(untold)}")
     if silent:
-        typer.echo(f"note: {_count(silent, 'example')} of several assistant turns: only the last is trained on")
+        several = "1 example has" if silent == 1 else f"{silent:,} examples have"
+        typer.echo(f"note: {several} several assistant turns, of which only the last is trained on")
     counts = (_count(examples, "example"), _count(spans, "latent span"), _count(pictures, "picture"))
     typer.echo(f"{', '.join(counts)}: no faults")
 

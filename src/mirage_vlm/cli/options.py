@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mirage_vlm.errors import MirageError
 
@@ -72,7 +72,7 @@ def open_sources(
     from mirage_vlm.tasks import from_record, get_task, with_task
     from mirage_vlm.tasks.make import GeneratedDataset
 
-    common = {"style": style.value, "limit": limit}
+    common: dict[str, Any] = {"style": style.value, "limit": limit}
     sources = []
     read = [read_data(path, plain=lambda record: from_record(record, style=style.written))[:limit] for path in data]
     named = None
@@ -88,6 +88,15 @@ def open_sources(
         origin = {"task": task, "levels": list(made.levels), "n": n, "seed": seed, **common}
         sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
     return sources
+
+
+def untold_note(n: int) -> str:
+    """What people should know of `n` examples that have an answer but no task."""
+    examples = "1 example has" if n == 1 else f"{n:,} examples have"
+    return (
+        f"{examples} an answer but no task: answers are compared letter for letter, and any text counts as a valid one "
+        "(--task names a task)"
+    )
 
 
 def new_table(title: str | None = None) -> Table:

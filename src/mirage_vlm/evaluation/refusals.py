@@ -30,3 +30,8 @@ def refusals(examples: Sequence[Trajectory], encoder: Encoder | None = None) -> 
 def told(examples: Sequence[Trajectory], refused: dict[int, tuple[Fault, ...]]) -> Faults:
     """The same, counted by kind, each at the place of its example."""
     return Faults((examples[i].where or f"example {i + 1}", fault) for i, here in refused.items() for fault in here)
+
+
+def count_untold(examples: Sequence[Trajectory]) -> int:
+    """The examples that have an answer but no task, of which any text counts as a valid answer."""
+    return sum(example.task is None and example.answer is not None for example in examples)

@@ -23,7 +23,8 @@ def place_columns(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault
         The record without the two columns; what is wrong with them; and for each field that came out of a column, its
         place there.
     """
-    placed, found, names = dict(record), [], {}
+    placed, names = dict(record), dict[str, str]()
+    found: list[Fault] = []
     for column, kind, key in (("images", "image", "image"), ("helpers", "latent", "helper")):
         pictures = placed.pop(column, None)
         if pictures is not None and not isinstance(pictures, list):
