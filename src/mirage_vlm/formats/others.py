@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mirage_vlm.formats.columns import MARK
 from mirage_vlm.formats.faults import Fault, shown
 
 _ROLES = {
@@ -83,6 +84,10 @@ def from_conversations(record: Mapping[str, Any]) -> InChatForm:
         names[f"messages[{len(messages)}].content"] = f"{place}.{says}"
         names[f"messages[{len(messages)}]"] = place
         messages.append({"role": _ROLES.get(role) if isinstance(role, str) else None, "content": turn.get(says)})
+    said = [m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str)]
+    marks = sum(text.count(MARK) for text in said)
+    if marks and not any(record.get(key) for key in ("image", "images")):
+        found.append(Fault("image", f"is missing, but the user's texts mark {marks} with {MARK}"))
     if found:
         return InChatForm({}, tuple(found))
     return _with_pictures(record, {"messages": messages}, names)
