@@ -80,7 +80,10 @@ def says(*turns: tuple[str, str], **more: object) -> dict:
         ),
         ({"prompt": "q", "completion": "A"}, [("user", ["q"]), ("assistant", ["A"])]),
         ({"prompt": "q"}, [("user", ["q"])]),
-        ({"prompt": "q", "completion": "A", "images": ["images/map.png"]}, [("user", [MAP, "q"]), ("assistant", ["A"])]),
+        (
+            {"prompt": "q", "completion": "A", "images": ["images/map.png"]},
+            [("user", [MAP, "q"]), ("assistant", ["A"])],
+        ),
         (
             {
                 "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
@@ -188,7 +191,9 @@ def test_a_prompt_of_the_reference_is_scored_by_its_map():
     (example,) = formats.read_jsonl(CASES / "reference-test.jsonl")
     assert example.response == () and example.task == "vsp-planning"
     first, image, last = example.messages[0].segments
-    assert isinstance(image, Image) and first.text.endswith("Here is the map: ") and last.text.startswith("Put the plan")
+    assert (
+        isinstance(image, Image) and first.text.endswith("Here is the map: ") and last.text.startswith("Put the plan")
+    )
     assert example.meta["map"] == ["HFFH", "FHFH", "FHSF", "FFFG"]
 
     def scored(text: str):

@@ -29,7 +29,7 @@ class Fault:
     @property
     def kind(self) -> str:
         """What faults that differ in places, numbers, names and paths alone have in common."""
-        return _VARYING.sub("…", f"{re.sub(r'[0-9]+', '', self.field)}: {self.message}")
+        return f"{re.sub(r'[0-9]+', '', self.field)}: {_VARYING.sub('…', self.message)}"
 
 
 @dataclass
