@@ -132,16 +132,20 @@ def all_sources(sources: Sequence[DataRecipe]) -> list[DataRecipe]:
     """The sources with each pattern (`data/*/train.jsonl`) in the place of what it matches, in the order of names.
 
     Raises:
-        MirageError: a pattern matches nothing.
+        MirageError: there is no such file, or a pattern matches nothing.
     """
     found: list[DataRecipe] = []
     for source in sources:
-        if source.path is None or Path(source.path).exists() or not glob.has_magic(source.path):
+        if source.path is None or Path(source.path).exists():
             found.append(source)
             continue
+        hint = f"; relative paths of a recipe start at the working directory, {Path.cwd()}"
+        hint = "" if Path(source.path).is_absolute() else hint
+        if not glob.has_magic(source.path):
+            raise MirageError(f"{source.path}: no such file{hint}")
         paths = sorted(glob.glob(source.path, recursive=True))
         if not paths:
-            raise MirageError(f"{source.path}: no file matches")
+            raise MirageError(f"{source.path}: no file matches{hint}")
         found += [replace(source, path=path) for path in paths]
     return found
 
