@@ -88,7 +88,7 @@ MAP = ["SF", "FG"]
         ("sat", {"kind": "turn"}, "meta", "scene"),
         ("jigsaw", {"whole": 3, "candidates": {}}, "meta", "no jigsaw"),
         ("mirage_vlm.sources.blocks:BLOCKS", {"start": [["B"]], "end": [[["B"]]]}, "meta", "stacks"),
-        (None, {}, "answer", "no task"),
+        (None, {}, "", "neither a task nor an answer"),
     ],
 )
 def test_what_the_scorer_would_refuse(task, meta, field, message):

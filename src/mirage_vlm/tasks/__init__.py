@@ -30,6 +30,7 @@ _ALL: tuple[Task, ...] = (
     *SEEN,
     CHOICE,
 )
+_UNKNOWN = "an example has neither a task nor an answer, so it cannot be scored"
 _TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
@@ -69,7 +70,7 @@ def score(trajectory: Trajectory) -> Score:
     if trajectory.task is not None:
         return get_task(trajectory.task).score(trajectory)
     if trajectory.answer is None:
-        raise MirageError("an example has neither a task nor an answer, so it cannot be scored")
+        raise MirageError(_UNKNOWN)
     found = boxed(trajectory.text)
     given = trajectory.text.strip() if found is None else found.strip()
     correct = given in {answer.strip() for answer in trajectory.answers}
@@ -85,7 +86,7 @@ def faults(trajectory: Trajectory, *, scored: bool = True) -> Iterator[Fault]:
     """
     if trajectory.task is None:
         if scored and trajectory.answer is None:
-            yield Fault("answer", "is missing, and there is no task, so the example cannot be scored")
+            yield Fault("", _UNKNOWN)
         return
     try:
         task = get_task(trajectory.task)

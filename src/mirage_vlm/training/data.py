@@ -187,7 +187,8 @@ def has_spans(source: Sequence[Trajectory]) -> bool:
 def check_examples(encoder: Encoder, source: Sequence[Trajectory], where: str, targets: bool) -> None:
     """Before a run: what the encoder would refuse, which would otherwise end it in the middle.
 
-    Of a file all examples are looked at (pictures are opened, not decoded); of a generated source one for each level.
+    Of a file all examples are looked at (pictures are opened, not decoded); of a generated source, whose spans alone
+    depend on the model, one for each level where there are targets.
 
     Args:
         where: what messages name: the file, or the task.
@@ -198,7 +199,10 @@ def check_examples(encoder: Encoder, source: Sequence[Trajectory], where: str, t
     """
     made = isinstance(source, GeneratedDataset)
     found = Faults()
-    for i in range(min(len(source.levels), len(source)) if isinstance(source, GeneratedDataset) else len(source)):
+    count = len(source)
+    if isinstance(source, GeneratedDataset):
+        count = min(len(source.levels), count) if targets else 0
+    for i in range(count):
         example = source[i]
         for fault in encoder.faults(example, targets=targets):
             if made:  # there is no file to look at
