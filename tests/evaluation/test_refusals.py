@@ -19,7 +19,5 @@ def test_the_case_of_checked_then_refused(tiny):
     }
     assert list(refusals(examples)) == [5]
     lines = list(told(examples, refused).lines())
-    assert len(lines) == 3 and lines[0].startswith(
-        f"{CASES / 'checked-then-refused.jsonl'}:3: messages[1].content[0]: "
-    )
+    assert len(lines) == 3 and lines[0].startswith(f"{examples[2].where}: messages[1].content[0]: ")
     assert count_untold(examples) == 5

@@ -80,6 +80,7 @@ def says(*turns: tuple[str, str], **more: object) -> dict:
         ),
         ({"prompt": "q", "completion": "A"}, [("user", ["q"]), ("assistant", ["A"])]),
         ({"prompt": "q"}, [("user", ["q"])]),
+        ({"prompt": "q", "messages": None, "conversations": None}, [("user", ["q"])]),
         (
             {"prompt": "q", "completion": "A", "images": ["images/map.png"]},
             [("user", [MAP, "q"]), ("assistant", ["A"])],

@@ -14,6 +14,12 @@ from mirage_vlm.trajectory import Trajectory
 
 Format = Literal["chat", "reference", "vsp", "conversations", "prompt"]
 
+_KEYS: tuple[tuple[tuple[str, ...], Format], ...] = (
+    (("messages",), "chat"),
+    (("text_input", "text_output", "sequence_plan"), "reference"),
+    (("conversations",), "conversations"),
+    (("prompt", "completion"), "prompt"),
+)
 _OTHERS: dict[Format | None, Callable[[dict[str, Any]], others.InChatForm]] = {
     "conversations": others.from_conversations,
     "prompt": others.from_prompt,
@@ -45,14 +51,9 @@ def detect_format(record: Any) -> Format | None:
     """
     if not isinstance(record, dict):
         return None
-    if "messages" in record:
-        return "chat"
-    if "text_input" in record or "text_output" in record or "sequence_plan" in record:
-        return "reference"
-    if "conversations" in record:
-        return "conversations"
-    if "prompt" in record or "completion" in record:
-        return "prompt"
+    for keys, form in _KEYS:
+        if any(record.get(key) is not None for key in keys):  # null counts as absent
+            return form
     if "map" in record and ("level" in record or "steps" in record or "plan" in record):
         return "vsp"
     return None
