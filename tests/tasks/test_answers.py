@@ -58,6 +58,9 @@ def test_a_task_for_those_that_have_none():
     bare = Trajectory((user_turn("q"),), answer="A")
     assert with_task(bare, "choice").task == "choice" and with_task(bare, None).task is None
     assert with_task(replace(bare, task="sat"), "choice").task == "sat"
+    said = Trajectory((user_turn("q"), assistant_turn("So <answer>B</answer>")))
+    assert with_task(said, "choice").answer == "B" and with_task(said, None).answer is None
+    assert with_task(replace(said, answer="A"), "choice").answer == "A"
 
 
 MAP = ["SF", "FG"]

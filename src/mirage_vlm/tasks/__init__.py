@@ -97,5 +97,12 @@ def faults(trajectory: Trajectory, *, scored: bool = True) -> Iterator[Fault]:
 
 
 def with_task(trajectory: Trajectory, name: str | None) -> Trajectory:
-    """The example with that task, where it has none of its own."""
-    return trajectory if name is None or trajectory.task is not None else replace(trajectory, task=name)
+    r"""The example with that task, where it has none of its own.
+
+    Where it then has no reference answer, but a response with one in `\boxed{}` or `<answer>`, that is the answer: files
+    of conversations know no other.
+    """
+    if name is None or trajectory.task is not None:
+        return trajectory
+    answer = trajectory.answer if trajectory.answer is not None else boxed(trajectory.text)
+    return replace(trajectory, task=name, answer=answer)
