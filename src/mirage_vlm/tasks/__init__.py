@@ -99,8 +99,8 @@ def faults(trajectory: Trajectory, *, scored: bool = True) -> Iterator[Fault]:
 def with_task(trajectory: Trajectory, name: str | None) -> Trajectory:
     r"""The example with that task, where it has none of its own.
 
-    Where it then has no reference answer, but a response with one in `\boxed{}` or `<answer>`, that is the answer: files
-    of conversations know no other.
+    Where it then has no reference answer, but a response with one in `\boxed{}` or `<answer>`, that is the answer:
+    files of conversations know no other.
     """
     if name is None or trajectory.task is not None:
         return trajectory
