@@ -153,16 +153,23 @@ class Trajectory:
     Attributes:
         messages: the turns; the last is the assistant's where there is a response.
         task: name of the task whose checker scores the answer.
-        answer: the reference answer.
+        answer: the reference answer, or several of which each is accepted.
         meta: anything JSON can hold (the map, its level, an id).
         decoding: set on trajectories that a model has decoded.
+        where: the place that it was read from, such as `train.jsonl:3`, for messages; it is no part of what it says.
     """
 
     messages: tuple[Message, ...]
     task: str | None = None
-    answer: str | None = None
+    answer: str | tuple[str, ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     decoding: Decoding | None = None
+    where: str | None = field(default=None, compare=False)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The accepted answers; none where no answer is known."""
+        return () if self.answer is None else (self.answer,) if isinstance(self.answer, str) else self.answer
 
     @property
     def prompt(self) -> tuple[Message, ...]:

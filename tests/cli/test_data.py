@@ -12,6 +12,7 @@ import pytest
 
 from mirage_vlm import __version__, formats
 from mirage_vlm.cli.main import run
+from mirage_vlm.errors import MirageError
 from mirage_vlm.trajectory import Image, Trajectory, user_turn
 
 
@@ -290,3 +291,90 @@ class TestConvert:
 def shown(trajectory: Trajectory) -> tuple:
     """The colours of the prompt's picture and the helper image."""
     return next(trajectory.images()).load().getpixel((0, 0)), trajectory.spans[0].helper.load().getpixel((0, 0))
+
+
+CASES = Path(__file__).parent.parent / "data" / "cases"
+
+
+class TestOneCheck:
+    def test_what_encoder_and_scorer_refuse(self, mirage):
+        status, output, _ = mirage("data", "check", CASES / "checked-then-refused.jsonl")
+        lines = [line.removeprefix(f"{CASES / 'checked-then-refused.jsonl'}:") for line in output.splitlines()]
+        assert status == 2
+        assert [line.partition(": ")[0] for line in lines[:-1]] == ["2", "3", "4", "5", "6"]
+        assert lines[4].startswith("6: meta.choices: must be an object of texts")
+        assert lines[-1] == "6 examples: 5 faults"
+
+    @pytest.mark.parametrize("name", ["reference-test.jsonl", "conversations.jsonl", "train.jsonl.gz"])
+    def test_files_as_others_write_them(self, mirage, name):
+        status, output, _ = mirage("data", "check", CASES / name)
+        assert status == 0 and output.endswith(": no faults\n")
+
+    def test_many_of_a_kind_are_one_line(self, mirage, folder):
+        bad = reference()
+        del bad["text_output"]
+        path = write("data.jsonl", *[bad] * 400)
+        line = "data.jsonl: text_output: is missing, in 400 lines, first 1"
+        assert mirage("data", "check", path)[:2] == (2, f"{line}\n400 examples: 400 faults\n")
+        with pytest.raises(MirageError) as error:
+            formats.read_data(path)
+        assert str(error.value) == f"{line}; run `mirage data check {path}`"
+
+    def test_alike_but_not_the_same(self, mirage, folder):
+        path = write("data.jsonl", chat(), *[chat(helper=f"no-{i}.png") for i in range(5)], chat(k=0))
+        status, output, _ = mirage("data", "check", path)
+        first, second, last = output.splitlines()
+        assert status == 2 and last == "7 examples: 6 faults"
+        assert first.startswith("data.jsonl: messages[1].content[0].helper: no such file: no-0.png")
+        assert first.endswith("and the like in 5 lines, first 2")
+        assert second.startswith("data.jsonl:7: messages[1].content[0].k: must be")
+
+    def test_unlike_ones_are_counted_after_a_limit(self, mirage, folder):
+        path = write("data.jsonl", *[chat(**{f"{'abcdefgh'[i % 8] * (i // 8 + 5)}": 1}) for i in range(80)])
+        lines = mirage("data", "check", path)[1].splitlines()
+        assert len(lines) == 52 and lines[-2:] == ["… and 30 more faults, of other kinds", "80 examples: 80 faults"]
+
+    def test_a_task_for_rows_that_have_none(self, mirage, folder):
+        path = write("data.jsonl", chat(), chat() | {"task": "choice", "answer": "U"})
+        assert mirage("data", "check", path)[0] == 0
+        status, output, _ = mirage("data", "check", path, "--task", "vsp-planning")
+        assert status == 2 and "data.jsonl:1: meta.map: is missing" in output and "data.jsonl:2" not in output
+        assert "there is no task 'x'" in mirage("data", "check", path, "--task", "x")[2]
+
+    def test_unknown_tasks_and_missing_maps(self, mirage, folder):
+        path = write("data.jsonl", chat() | {"task": "no-such"}, chat() | {"task": "vsp-planning", "meta": {"id": 1}})
+        output = mirage("data", "check", path)[1]
+        assert (
+            "data.jsonl:1: task: there is no task 'no-such'" in output and "data.jsonl:2: meta.map: is miss" in output
+        )
+
+    def test_notes(self, mirage, folder):
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+        path = write("data.jsonl", chat() | {"answer": "U"}, {"messages": turns})
+        status, output, _ = mirage("data", "check", path)
+        assert status == 0 and "note: 1 example has an answer but no task" in output
+        assert "note: 1 example has several assistant turns, of which only the last is trained on" in output
+
+    def test_for_a_checkpoint_it_is_exact(self, mirage, folder):
+        path = write("data.jsonl", chat(), {"messages": [{"role": "user", "content": "way " * 9000}]})
+        assert mirage("data", "check", path)[0] == 0
+        status, output, _ = mirage("data", "check", path, "--model", "bundled")
+        assert status == 2 and "data.jsonl:2: messages: " in output and "context holds" in output
+
+
+@pytest.mark.parametrize("damage", ["killed", "never finished"])
+def test_making_clears_what_a_killed_run_left(mirage, folder, damage):
+    (folder / ".maps.partial/images").mkdir(parents=True)
+    (folder / ".maps.partial/train.jsonl").write_text("half")
+    if damage == "killed":
+        (folder / ".maps.lock").touch()
+    assert mirage("data", "make", "vsp-planning", "--n", 2, "--n-test", 0, "--out", "maps")[0] == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["helper.png", "map.png", "maps"]
+
+
+def test_two_at_once_do_not_collide(mirage, folder):
+    from filelock import FileLock
+
+    with FileLock(folder / ".maps.lock"):
+        status, _, error = mirage("data", "make", "vsp-planning", "--n", 2, "--out", "maps")
+    assert status == 2 and "another process is writing it right now" in error and not (folder / "maps").exists()

@@ -114,7 +114,7 @@ def test_bfloat16_latents_that_need_grad_are_written_as_float32():
 
 def test_from_record_raises_with_its_place():
     with pytest.raises(MirageError) as error:
-        from_record({"messages": [{"role": "user"}], "answer": 3}, where="x.jsonl:7")
+        from_record({"messages": [{"role": "user"}], "answer": {}}, where="x.jsonl:7")
     assert str(error.value).startswith("x.jsonl:7: messages[0].content: is missing")
     assert str(error.value).endswith("(and 1 more fault)")
 

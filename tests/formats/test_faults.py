@@ -136,7 +136,17 @@ FAULTS = [
     (change("images", ["images/map.png"]), "images", "lists 1 for 0 image parts"),
     (change("helpers", ["images/map.png"]), "helpers", "lists 1 for 0 latent parts"),
     (change("task", 1), "task", "must be a string"),
-    (change("answer", ["U"]), "answer", "must be a string"),
+    (change("answer", {"U": 1}), "answer", "must be a text, a number"),
+    (change("answer", ["U", None]), "answer", "must be a text, a number"),
+    (change("answer", ["U", ["D"]]), "answer", "must be a text, a number"),
+    (change("answer", []), "answer", "at least one accepted answer"),
+    (change("answer", "\ud800"), "answer", "surrogate"),
+    (change("meta.level", [3]), "meta.level", "must be a number or a text"),
+    (change("meta.notes", ["a", {"b": "\udc00"}]), "meta.notes[1].b", "surrogate"),
+    (change("messages.1.content.1.region", [[0, 0, 1, 1]]), "messages[1].content[1].region", "did you mean `regions`"),
+    (change("messages.1.content.1.image", "x.png"), "messages[1].content[1].image", "latent has helper, k"),
+    (change("messages.0.content.0.min_pixels", 9), "messages[0].content[0].min_pixels", "an unknown key"),
+    (change("messages.0.content.1.texts", "?"), "messages[0].content[1].texts", "did you mean `text`"),
     (change("meta", "level 3"), "meta", "must be an object"),
     (change("decoding", [1]), "decoding", "must be an object"),
     (change("decoding", {"token_ids": [1, -1], "finish_reason": "stop"}), "decoding.token_ids", "token ids"),
@@ -161,7 +171,7 @@ def test_every_fault_of_a_record_is_named(folder):
         change("messages.0.content.1.text", ...),
         change("messages.1.content.1.helper", ...),
         change("messages.1.content.1.k", -1),
-        change("answer", 1),
+        change("answer", {}),
     ):
         apply(record)
     assert [fault.field for fault in faults(record, base=folder)] == [

@@ -50,7 +50,7 @@ def test_an_image_folder_saves_each_picture_once(folder):
 def test_reading_names_line_and_field_of_the_first_fault_and_counts_the_rest(folder):
     bad, worse = chat_record(), chat_record()
     del bad["messages"][1]["content"][1]["helper"]
-    worse |= {"answer": 1, "meta": 2}
+    worse |= {"answer": {}, "meta": 2}
     path = write_lines(folder / "data.jsonl", chat_record(), bad, chat_record(), worse)
     with pytest.raises(MirageError) as error:
         formats.read_jsonl(path)

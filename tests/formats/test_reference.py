@@ -81,7 +81,7 @@ def test_reference_extras(folder):
         ({"image_input": "images/no.png"}, "image_input", "no such file"),
         ({"image_input": ["images/map.png", 3]}, "image_input[1]", "must be a path"),
         ({"image_output": ["images/map.png", "images/broken.png"]}, "image_output[1]", "not a picture"),
-        ({"answer": 1}, "answer", "must be a string"),
+        ({"answer": {}}, "answer", "must be a text"),
         ({"meta": []}, "meta", "must be an object"),
     ],
 )

@@ -3,14 +3,17 @@
 import itertools
 from collections import Counter
 
+import PIL.Image
 import pytest
 import torch
 from support import batch_of, dialogue, picture, ragged, span
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats import read_data, write_jsonl
 from mirage_vlm.tasks.make import GeneratedDataset, write_dataset
-from mirage_vlm.training.data import BucketSampler, Collator, Examples, Kept, all_sources, open_source
+from mirage_vlm.training.data import BucketSampler, Collator, Examples, Kept, all_sources, check_examples, open_source
 from mirage_vlm.training.recipe import DataRecipe
+from mirage_vlm.trajectory import Image, LatentSpan, Trajectory, assistant_turn, user_turn
 
 # -- collation -------------------------------------------------------------------------------------------------------
 
@@ -229,3 +232,30 @@ def test_a_pattern_is_all_files_that_match(tmp_path):
     assert all_sources([DataRecipe(path=str(odd))]) == [DataRecipe(path=str(odd))]
     with pytest.raises(MirageError, match=r"none-\*\.jsonl: no file matches"):
         all_sources([DataRecipe(path=f"{tmp_path}/none-*.jsonl")])
+
+
+def test_what_the_encoder_would_refuse_is_told_before_a_run(tmp_path, tiny):
+    path = tmp_path / "train.jsonl"
+    helper = Image(PIL.Image.new("RGB", (64, 64)))
+    sound = Trajectory((user_turn("q"), assistant_turn(LatentSpan(helper, k=1), "A")))
+    slim = Trajectory((user_turn("q"), assistant_turn(LatentSpan(helper, k=30), "A")))
+    shown = Trajectory((user_turn("q"), assistant_turn(helper, "A")))
+    write_jsonl(path, [sound, *[slim] * 3, shown])
+    with pytest.raises(MirageError) as error:
+        check_examples(tiny.encoder, read_data(path), str(path), targets=True)
+    assert str(error.value).startswith(f"{path}: messages[1].content[0].k: k = 30 latents")
+    assert str(error.value).endswith("in 3 lines, first 2 (and 1 more fault)")
+    with pytest.raises(MirageError, match=rf"{path}:5: messages\[1\].content\[0\]: a response holds a picture"):
+        check_examples(tiny.encoder, read_data(path), str(path), targets=False)
+    check_examples(tiny.encoder, [sound], str(path), targets=True)
+
+
+def test_paths_of_a_recipe_start_at_the_working_directory(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "train.jsonl", [Trajectory((user_turn("q"), assistant_turn("A")))])
+    monkeypatch.chdir(tmp_path)
+    for path in ("train.jsonl", "t*.jsonl", "./train.jsonl"):
+        (source,) = all_sources([DataRecipe(path=path)])
+        assert len(open_source(source)) == 1
+    for path in ("no.jsonl", "no*.jsonl"):
+        with pytest.raises(MirageError, match=f"start at the working directory, {tmp_path}"):
+            all_sources([DataRecipe(path=path)])

@@ -343,7 +343,7 @@ def test_k_larger_than_the_helper_images(recipe, tmp_path):
 
     path = tmp_path / "train.jsonl"
     write_jsonl(path, [GeneratedDataset("vsp-planning", [level], 1)[0] for level in (4, 3)])
-    with pytest.raises(MirageError, match=rf"{path}: example 2: k = 10 latents .* 9 patches"):
+    with pytest.raises(MirageError, match=rf"{path}:2: messages\[1\].content\[0\].helper: k = 10 latents .* 9 patches"):
         run.train(recipe("stage=stage1", "model.latent_size=10", f"data=[{{path: {path}}}]"))
     assert not (tmp_path / "run").exists()
 

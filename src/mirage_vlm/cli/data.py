@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.import_data import import_data
-from mirage_vlm.cli.options import levels_of, parse_levels
+from mirage_vlm.cli.options import levels_of, parse_levels, untold_note
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mirage_vlm.formats import Fault
     from mirage_vlm.trajectory import Trajectory
 
 app = typer.Typer(name="data", help="Check, make, import and convert data.", no_args_is_help=True)
@@ -51,30 +54,48 @@ class Target(StrEnum):
 def check(
     path: Annotated[Path, typer.Argument(help="A JSONL file, or a folder written by save_to_disk.")],
     files: Annotated[bool, typer.Option(help="Also open and decode every picture.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="Check for this checkpoint: the length of its context, and its patches.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task of examples that name none.")] = None,
 ) -> None:
-    """Name the line and field of every fault of a data file; exit status 2 if there are any."""
-    from mirage_vlm.formats import latent_marks, marks_note, scan
+    """Name the line and field of every fault of a data file; exit status 2 if there are any.
+
+    Faults are what cannot be read, what the encoder would refuse, and what the scorer of the example's task would.
+    """
+    from mirage_vlm.formats import Faults, latent_marks, marks_note, scan
     from mirage_vlm.trajectory import Image
 
+    refused = _refuser(model, task, files)
+    examples = spans = pictures = untold = silent = 0
+    found = Faults()
     marked: list[tuple[str, str]] = []
-    examples = spans = pictures = found = 0
     for example in scan(path, check_files=files, plain=_read_plain):
         examples += 1
-        found += len(example.faults)
-        for fault in example.faults:
-            typer.echo(f"{example.where}: {fault}")
-        if example.trajectory is not None:
-            segments = [part for message in example.trajectory.messages for part in message.segments]
-            spans += len(example.trajectory.spans)
+        trajectory = example.trajectory
+        for fault in example.faults if trajectory is None else refused(trajectory):
+            found.add(example.where, fault)
+        if trajectory is not None:
+            segments = [part for message in trajectory.messages for part in message.segments]
+            spans += len(trajectory.spans)
             pictures += sum(isinstance(segment, Image) for segment in segments)
-            marked += latent_marks(example.trajectory)
+            marked += latent_marks(trajectory)
+            untold += trajectory.task is None and task is None and trajectory.answer is not None
+            silent += bool(trajectory.response) and any(turn.role == "assistant" for turn in trajectory.prompt)
     if not examples:
         raise MirageError(f"{path}: holds no examples")
+    for line in found.lines():
+        typer.echo(line)
     if found:
-        typer.echo(f"{_count(examples, 'example')}: {_count(found, 'fault')}")
+        typer.echo(f"{_count(examples, 'example')}: {_count(len(found), 'fault')}")
         raise typer.Exit(2)
     if marked:
         typer.echo(marks_note(marked))
+    if untold:
+        typer.echo(f"note: {untold_note(untold)}")
+    if silent:
+        several = "1 example has" if silent == 1 else f"{silent:,} examples have"
+        typer.echo(f"note: {several} several assistant turns, of which only the last is trained on")
     counts = (_count(examples, "example"), _count(spans, "latent span"), _count(pictures, "picture"))
     typer.echo(f"{', '.join(counts)}: no faults")
 
@@ -203,6 +224,41 @@ def _write(target: Target, path: Path, trajectories: list[Trajectory], embedded:
         return formats.write_reference(path, trajectories)
     folder = formats.ImageFolder(path.with_name(f"{path.stem}-images"), path.parent)
     return formats.write_jsonl(path, trajectories, image_source=formats.embed if embedded else folder)
+
+
+def _refuser(model: str | None, task: str | None, files: bool) -> Callable[[Trajectory], Iterator[Fault]]:
+    """What the encoder and the scorer would refuse of an example.
+
+    Raises:
+        MirageError: there is no such model or task.
+    """
+    from dataclasses import replace
+
+    from mirage_vlm.formats import fitting
+
+    bounds = fitting.ANY_MODEL if files else replace(fitting.ANY_MODEL, patches=None)
+    encoder = None
+    if model is not None:
+        from mirage_vlm.cli.options import load_model
+
+        encoder = load_model(model).encoder
+    if task is not None:
+        from mirage_vlm.tasks import get_task
+
+        get_task(task)
+
+    def refused(trajectory: Trajectory) -> Iterator[Fault]:
+        decoded = trajectory.decoding is not None  # a response that was read, not one to learn
+        if encoder is not None:
+            yield from encoder.faults(trajectory, response=not decoded)
+        else:
+            yield from fitting.faults(trajectory, bounds, response=not decoded)
+        if trajectory.task is not None or task is not None:
+            from mirage_vlm.tasks import faults, with_task
+
+            yield from faults(with_task(trajectory, task), scored=False)
+
+    return refused
 
 
 def _read_plain(record: dict[str, Any]) -> Trajectory:

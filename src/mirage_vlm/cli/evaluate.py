@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar
+from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar, untold_note
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def evaluate(
         typer.Option(help="JSONL file (chat, reference or plain VSP form) or dataset; repeat it for several."),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Make held-out examples of this task; repeat it for several.")
+        list[str] | None,
+        typer.Option(
+            help="Make held-out examples of this task; repeat it for several. Of --data's rows without a task: theirs."
+        ),
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,
@@ -73,6 +76,7 @@ def evaluate(
 
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
     from mirage_vlm.evaluation.lmms_layout import write_lmms
+    from mirage_vlm.evaluation.refusals import count_untold
     from mirage_vlm.evaluation.replace import chosen
     from mirage_vlm.evaluation.run import Settings, plan, run_all
 
@@ -92,6 +96,9 @@ def evaluate(
     sources = open_sources(data or [], task or [], levels_of(levels), n, style, seed, limit)
     runs = plan(model or ["bundled"], sources, out, trajectories, figure)
     console = Console(stderr=True, soft_wrap=True)
+    for source in sources:
+        if (untold := count_untold(source.examples)) > 0:
+            console.print(f"note: {source.label}: {untold_note(untold)}", highlight=False, markup=False)
     with progress_bar(console) as bar:
         total = sum(len(run.source.examples) for run in runs) * max(1, len(names))
         work = bar.add_task("decoding", total=total)

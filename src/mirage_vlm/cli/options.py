@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mirage_vlm.errors import MirageError
 
@@ -62,24 +62,41 @@ def open_sources(
 ) -> list[Source]:
     """The examples of `--data` and `--task` options.
 
+    Where rows of the data name no task, `--task` is theirs; otherwise its examples are made, beside the data.
+
     Raises:
         MirageError: a file cannot be read, or there is no such task.
     """
     from mirage_vlm.evaluation.run import Source
     from mirage_vlm.formats import read_data
-    from mirage_vlm.tasks import from_record
+    from mirage_vlm.tasks import from_record, get_task, with_task
     from mirage_vlm.tasks.make import GeneratedDataset
 
-    common = {"style": style.value, "limit": limit}
+    common: dict[str, Any] = {"style": style.value, "limit": limit}
     sources = []
-    for path in data:
-        examples = read_data(path, plain=lambda record: from_record(record, style=style.written))
-        sources.append(Source({"path": str(path), **common}, examples[:limit]))
-    for task in tasks:
+    read = [read_data(path, plain=lambda record: from_record(record, style=style.written))[:limit] for path in data]
+    named = None
+    if tasks and any(example.task is None for examples in read for example in examples):
+        if len(tasks) > 1:
+            raise MirageError(f"--data has rows without a task; name one --task for them, not {', '.join(tasks)}")
+        named = get_task(tasks[0]).name
+    for path, examples in zip(data, read, strict=True):
+        origin = {"path": str(path), **({} if named is None else {"task": named}), **common}
+        sources.append(Source(origin, [with_task(example, named) for example in examples]))
+    for task in tasks if named is None else ():
         made = GeneratedDataset(task, levels, n, seed, style.value, "test")
         origin = {"task": task, "levels": list(made.levels), "n": n, "seed": seed, **common}
         sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
     return sources
+
+
+def untold_note(n: int) -> str:
+    """What people should know of `n` examples that have an answer but no task."""
+    examples = "1 example has" if n == 1 else f"{n:,} examples have"
+    return (
+        f"{examples} an answer but no task: answers are compared letter for letter, and any text counts as a valid one "
+        "(--task names a task)"
+    )
 
 
 def new_table(title: str | None = None) -> Table:

@@ -95,7 +95,7 @@ def to_lmms(
 
 
 def _sample(doc_id: int, trajectory: Trajectory, found: Score, generation: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, target = "\n".join(prompt_texts(trajectory)), trajectory.answer or ""
+    prompt, target = "\n".join(prompt_texts(trajectory)), " | ".join(trajectory.answers)
     document = {"prompt": prompt, "answer": target, "meta": trajectory.meta}
     return {
         "doc_id": doc_id,

@@ -5,7 +5,7 @@ whole or not at all; `scan` yields every fault of a file, line by line.
 """
 
 from mirage_vlm.formats.chat import to_record
-from mirage_vlm.formats.faults import Fault
+from mirage_vlm.formats.faults import Fault, Faults
 from mirage_vlm.formats.hf import from_dataset, load_dataset_dir, save_dataset_dir, to_dataset
 from mirage_vlm.formats.jsonl import read_jsonl, write_jsonl, write_reference
 from mirage_vlm.formats.latent_marks import latent_marks, marks_note
@@ -16,6 +16,7 @@ from mirage_vlm.formats.writing import atomic_writer
 
 __all__ = [
     "Fault",
+    "Faults",
     "ImageFolder",
     "ImageSource",
     "Scanned",

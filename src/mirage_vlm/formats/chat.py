@@ -8,7 +8,8 @@ bottom]`, in fractions of the picture, for each latent. Keys with nothing to say
 
 Read, but never written: `content` as a plain string; OpenAI's `{"type": "image_url", "image_url": {"url"}}`;
 image parts whose pictures are listed, in order, under `images` (TRL), and latent parts whose helper images
-are listed under `helpers`. Values that are null count as absent; unknown keys are ignored.
+are listed under `helpers`; see `columns` for plain texts with pictures. `answer` may be a number, true or false, or
+a list of accepted answers. Values that are null count as absent; unknown keys are ignored, but not inside a part.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirage_vlm.formats.chat_faults import image_value, place_columns
+from mirage_vlm.formats.answers import read_answer, write_answer
+from mirage_vlm.formats.chat_faults import image_value
+from mirage_vlm.formats.columns import place_columns
 from mirage_vlm.formats.pictures import ImageSource, as_given, read_picture
 from mirage_vlm.trajectory import Decoding, Image, LatentSpan, Message, Segment, Text, Trajectory
 
@@ -48,7 +51,7 @@ def to_record(trajectory: Trajectory, *, image_source: ImageSource | None = None
     if trajectory.task is not None:
         record["task"] = trajectory.task
     if trajectory.answer is not None:
-        record["answer"] = trajectory.answer
+        record["answer"] = write_answer(trajectory.answer)
     if trajectory.meta:
         record["meta"] = trajectory.meta
     if trajectory.decoding is not None:
@@ -97,14 +100,14 @@ def from_record(record: Mapping[str, Any], base: Path | None) -> Trajectory:
         record: the object, as parsed from JSON.
         base: the folder at which relative image paths start; None is the working directory.
     """
-    record, _ = place_columns(record)
+    record, _, _ = place_columns(record)
     decoding = record.get("decoding")
     return Trajectory(
         messages=tuple(
             Message(message["role"], tuple(_segments(message.get("content"), base))) for message in record["messages"]
         ),
         task=record.get("task"),
-        answer=record.get("answer"),
+        answer=read_answer(record.get("answer")),
         meta=dict(record.get("meta") or {}),
         decoding=Decoding(tuple(decoding["token_ids"]), decoding["finish_reason"]) if decoding else None,
     )

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import base64
+import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mirage_vlm.formats.answers import answer_fault
+from mirage_vlm.formats.columns import place_columns
 from mirage_vlm.formats.faults import Fault, shown, text_fault
 from mirage_vlm.formats.pictures import picture_fault
 
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "image", "image_url", "latent")
+PART_KEYS = {
+    "text": ("text",),
+    "image": ("image", "url", "path", "reading"),
+    "image_url": ("image_url", "reading"),
+    "latent": ("helper", "k", "regions", "latents"),
+}
+IMAGE_KEYS = ("image", "url", "path")  # `url` and `path` as transformers' chat templates have them
+OF_OTHERS = ("cache_control", "detail", "annotations")  # keys of parts that mean nothing here
 FINISH_REASONS = ("stop", "length")
 
 
@@ -27,7 +39,13 @@ def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -
     if not isinstance(record, Mapping):
         yield Fault("", f"must be an object, not {shown(record)}")
         return
-    record, found = place_columns(record)
+    record, found, names = place_columns(record)
+    for fault in _faults(record, found, base, check_files):
+        yield replace(fault, field=names.get(fault.field, fault.field))
+
+
+def _faults(record: Mapping[str, Any], found: list[Fault], base: Path | None, check_files: bool) -> Iterator[Fault]:
+    """As `faults`, of a record without columns; `found` is what was wrong with those."""
     messages = record.get("messages")
     if messages is None:
         yield Fault("messages", "is missing; an example is an object with a list of messages")
@@ -38,14 +56,42 @@ def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -
             yield from _message_faults(message, f"messages[{index}]", base, check_files)
         yield from _order_faults(messages)
     yield from found
-    for key in ("task", "answer"):
-        if record.get(key) is not None and (message := text_fault(record[key])):
-            yield Fault(key, message)
-    meta = record.get("meta")
-    if meta is not None and not isinstance(meta, Mapping):
-        yield Fault("meta", f"must be an object, not {shown(meta)}")
+    yield from known_faults(record)
     if record.get("decoding") is not None:
         yield from _decoding_faults(record["decoding"])
+
+
+def known_faults(record: Mapping[str, Any]) -> Iterator[Fault]:
+    """The faults of what is known beside the messages: `task`, `answer` and `meta`."""
+    if record.get("task") is not None and (message := text_fault(record["task"])):
+        yield Fault("task", message)
+    if record.get("answer") is not None and (message := answer_fault(record["answer"])):
+        yield Fault("answer", message)
+    meta = record.get("meta")
+    if meta is None:
+        return
+    if not isinstance(meta, Mapping):
+        yield Fault("meta", f"must be an object, not {shown(meta)}")
+        return
+    if isinstance(meta.get("level"), list | dict):
+        yield Fault("meta.level", f"must be a number or a text, not {shown(meta['level'])}")
+    yield from _text_faults_within(meta, "meta")
+
+
+def _text_faults_within(value: Any, field: str) -> Iterator[Fault]:
+    """The texts within a value that are no characters, keys among them."""
+    if isinstance(value, str):
+        if message := text_fault(value):
+            yield Fault(field, message)
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            if message := text_fault(key):
+                yield Fault(field, f"the key {shown(key)} {message}")
+            else:
+                yield from _text_faults_within(entry, f"{field}.{key}")
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _text_faults_within(entry, f"{field}[{index}]")
 
 
 def _order_faults(messages: list[Any]) -> Iterator[Fault]:
@@ -95,9 +141,11 @@ def text_faults(text: Any, field: str) -> Iterator[Fault]:
 
 def _part_faults(part: Any, field: str, role: Any, base: Path | None, check_files: bool) -> Iterator[Fault]:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind in PART_KEYS:
+        yield from _unknown_keys(part, kind, field)
     if not isinstance(part, Mapping):
         yield Fault(field, f"must be an object with a `type`, not {shown(part)}")
-    elif kind not in PART_TYPES:
+    elif not isinstance(kind, str) or kind not in PART_TYPES:
         yield Fault(f"{field}.type", f"must be one of {', '.join(PART_TYPES)}, not {shown(kind)}")
     elif kind == "text":
         if part.get("text") is None:
@@ -112,10 +160,22 @@ def _part_faults(part: Any, field: str, role: Any, base: Path | None, check_file
         if reading is not None and not (isinstance(reading, list) and all(isinstance(word, str) for word in reading)):
             yield Fault(f"{field}.reading", "must be a list of strings, one for each patch")
         nested = kind == "image_url" and isinstance(part.get("image_url"), Mapping)
-        key = f"{field}.{kind}{'.url' if nested else ''}"
+        spelt = next((key for key in IMAGE_KEYS if kind == "image" and part.get(key) is not None), kind)
+        key = f"{field}.{spelt}{'.url' if nested else ''}"
         problem = "is missing" if value is None else picture_fault(value, base, check_files)
         if problem:
             yield Fault(key, problem)
+
+
+def _unknown_keys(part: Mapping[str, Any], kind: str, field: str) -> Iterator[Fault]:
+    """A key that is not read would be missed in silence; null counts as absent."""
+    known = PART_KEYS[kind]
+    for key, value in part.items():
+        if value is None or key == "type" or key in known or key in OF_OTHERS:
+            continue
+        near = difflib.get_close_matches(key, known, 1, 0.7)
+        hint = f"did you mean `{near[0]}`?" if near else f"a part of the type {kind} has {', '.join(known)}"
+        yield Fault(f"{field}.{key}", f"is an unknown key; {hint}")
 
 
 def _latent_faults(
@@ -191,44 +251,8 @@ def _decoding_faults(decoding: Any) -> Iterator[Fault]:
 
 
 def image_value(part: Mapping[str, Any]) -> Any:
-    """The picture of an image part, in either spelling."""
+    """The picture of an image part, in any spelling."""
     if part["type"] == "image":
-        return part.get("image")
+        return next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
     url = part.get("image_url")
     return url.get("url") if isinstance(url, Mapping) else url
-
-
-def place_columns(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """Put the pictures of `images` and `helpers` into the parts that have none of their own, in order.
-
-    Returns:
-        The record without the two columns, and what is wrong with them.
-    """
-    placed, found = dict(record), []
-    for column, kind, key in (("images", "image", "image"), ("helpers", "latent", "helper")):
-        pictures = placed.pop(column, None)
-        if pictures is not None and not isinstance(pictures, list):
-            found.append(Fault(column, f"must be a list of pictures, not {shown(pictures)}"))
-        elif pictures is not None:
-            placed["messages"], places = _fill(placed.get("messages"), kind, key, pictures)
-            if places != len(pictures):
-                problem = f"lists {len(pictures)} for {places} {kind} parts without a {key} of their own"
-                found.append(Fault(column, problem))
-    return placed, found
-
-
-def _fill(messages: Any, kind: str, key: str, pictures: list[Any]) -> tuple[Any, int]:
-    """The messages, with `key` from the list in each part of a kind that lacks it; how many lacked it."""
-    filled, places = [], 0
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list):
-            parts = []
-            for part in content:
-                if isinstance(part, Mapping) and part.get("type") == kind and part.get(key) is None:
-                    part = {**part, key: pictures[places] if places < len(pictures) else None}
-                    places += 1
-                parts.append(part)
-            message = {**message, "content": parts}
-        filled.append(message)
-    return (filled if isinstance(messages, list) else messages), places

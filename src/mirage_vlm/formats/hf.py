@@ -1,8 +1,8 @@
 """Hugging Face datasets: the layout that TRL reads, with two columns more.
 
 A row holds `messages` (parts without pictures), `images` (the pictures of the image parts, in order),
-`helpers` (the helper images of the latent parts, in order, null where a span has none), `task`, `answer`,
-`meta` (as a JSON string, since rows differ in what they keep there) and `decoding`.
+`helpers` (the helper images of the latent parts, in order, null where a span has none), `task`, `answer` (or, where
+several are accepted, `answers`), `meta` (as a JSON string, since rows differ in what they keep there) and `decoding`.
 """
 
 from __future__ import annotations
@@ -70,11 +70,16 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
             "helpers": [datasets.Image()],
             "task": text,
             "answer": text,
+            "answers": [text],
             "meta": text,
             "decoding": {"token_ids": [number], "finish_reason": text},
         }
     )
-    return datasets.Dataset.from_list([_to_row(trajectory) for trajectory in trajectories], features=features)
+    rows = [_to_row(trajectory) for trajectory in trajectories]
+    if not any(row["answers"] for row in rows):  # the column is there only where it is needed
+        features.pop("answers")
+        rows = [{key: value for key, value in row.items() if key != "answers"} for row in rows]
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def _to_row(trajectory: Trajectory) -> dict[str, Any]:
@@ -94,7 +99,8 @@ def _to_row(trajectory: Trajectory) -> dict[str, Any]:
         "images": [_to_cell(segment) for segment in segments if isinstance(segment, Image)],
         "helpers": [_to_cell(segment.helper) for segment in segments if isinstance(segment, LatentSpan)],
         "task": trajectory.task,
-        "answer": trajectory.answer,
+        "answer": trajectory.answer if isinstance(trajectory.answer, str) else None,
+        "answers": list(trajectory.answer) if isinstance(trajectory.answer, tuple) else None,
         "meta": meta,
         "decoding": record.get("decoding"),
     }
@@ -155,6 +161,8 @@ def _from_row(cells: dict[str, Any], dataset: datasets.Dataset, row: int) -> dic
         for index, cell in enumerate(pictures if isinstance(pictures, list) else []):
             if isinstance(cell, Mapping) and cell.get("bytes"):
                 pictures[index] = StoredPicture(dataset, row, column, index)
+    if "answer" not in record and isinstance(record.get("answers"), list) and record["answers"]:
+        record["answer"] = record.pop("answers")
     if isinstance(record.get("meta"), str):
         with suppress(ValueError):  # stays a string, which is reported as a fault
             record["meta"] = json.loads(record["meta"])

@@ -1,25 +1,31 @@
-"""JSONL data files: one record a line, in the chat form or the reference implementation's."""
+"""JSONL data files, plain or gzip: one record a line, in any form that `records` knows."""
 
 from __future__ import annotations
 
+import gzip
 import json
+import stat
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat, reference
 from mirage_vlm.formats.faults import Fault
+from mirage_vlm.formats.parsing import NotJson, other_file, parse
 from mirage_vlm.formats.pictures import ImageFolder, ImageSource, seen_from
 from mirage_vlm.formats.records import PlainReader, Scanned, collect, examine
 from mirage_vlm.formats.writing import atomic_writer
 from mirage_vlm.trajectory import Trajectory
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
 
 
 def read_jsonl(path: str | Path, *, check_files: bool = True, plain: PlainReader | None = None) -> list[Trajectory]:
-    """The examples of a JSONL file; each line may be in the chat form or in the reference implementation's.
+    """The examples of a JSONL file, plain or gzip; each line may be in any of the forms that are read.
 
     Relative image paths start at the file's folder. Pictures are checked, but loaded only when they are used.
 
@@ -39,49 +45,49 @@ def scan_jsonl(path: Path, *, check_files: bool, plain: PlainReader | None) -> I
     """Every record of a JSONL file with its faults, line by line; arguments as for `read_jsonl`.
 
     Raises:
-        MirageError: the file cannot be opened or read.
+        MirageError: the file cannot be opened or read, or is damaged.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
+            first = True
             for number, line in enumerate(file, 1):
                 content = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
                 if not content.strip():
                     continue
                 where = f"{path}:{number}"
-                if number == 1 and content.lstrip().startswith(b"["):
-                    hint = "the file is a JSON array; write one object a line (`jq -c '.[]'` does it)"
-                    yield Scanned(where, None, (Fault("", hint),))
+                if first and (other := other_file(content)) is not None:
+                    yield Scanned(where, None, (Fault("", other),))
                     return
+                first = False
                 try:
-                    record = _parse(content)
-                except ValueError as fault:
-                    yield Scanned(where, None, (Fault("", str(fault)),))
+                    record = parse(content, last=not line.endswith(b"\n"))
+                except NotJson as fault:
+                    yield Scanned(where, None, (fault.fault,))
                     continue
                 yield examine(record, where, base=path.parent, check_files=check_files, plain=plain)
     except FileNotFoundError:
         raise MirageError(f"{path}: no such file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as fault:
+        raise MirageError(f"{path}: the gzip file is damaged or incomplete: {fault}") from fault
     except OSError as fault:
         raise MirageError(f"{path}: cannot be read: {fault.strerror or fault}") from fault
 
 
-def _parse(line: bytes) -> Any:
-    """The value on a line.
-
-    Raises:
-        ValueError: it is not JSON; the message says why.
-    """
+@contextmanager
+def _opened(path: Path) -> Iterator[Iterable[bytes]]:
+    """The lines of a file, unpacked where it is gzip, whatever its name."""
     try:
-        return json.loads(line.rstrip().decode(), parse_constant=_refuse)
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"is not UTF-8 at byte {fault.start + 1}; save the file as UTF-8") from fault
-    except json.JSONDecodeError as fault:
-        raise ValueError(f"is not valid JSON: {fault.msg} at column {fault.colno}") from fault
-    except RecursionError as fault:
-        raise ValueError("is not valid JSON: nested too deeply") from fault
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"is not valid JSON: {constant} is not a JSON number")
+        mode = path.stat().st_mode
+    except ValueError as fault:  # a NUL, or half of a surrogate pair
+        raise MirageError(f"{str(path)!r}: is no path: {fault}") from fault
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISDIR(mode)):
+        raise MirageError(f"{path}: is a device, not a data file")
+    with path.open("rb") as file:
+        if file.peek(len(_GZIP)).startswith(_GZIP):
+            with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
+                yield unpacked
+        else:
+            yield file
 
 
 def write_jsonl(

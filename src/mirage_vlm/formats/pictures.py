@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.formats.faults import shown
+from mirage_vlm.formats.faults import shown, text_fault
 from mirage_vlm.formats.writing import atomic_writer
 from mirage_vlm.trajectory import Image
 
@@ -91,6 +91,8 @@ def picture_fault(value: Any, base: Path | None, check_files: bool) -> str | Non
         return f"must be a path, a URL or a data URL, not {shown(value)}"
     if "\0" in value:
         return "holds a NUL character, which no path has"
+    if message := text_fault(value):
+        return message
     image = read_picture(value, base)
     if not check_files or value.startswith(_REMOTE):
         return None

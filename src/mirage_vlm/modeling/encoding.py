@@ -17,6 +17,8 @@ from PIL.Image import Resampling
 from torch.nn.utils.rnn import pad_sequence
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import Fault
+from mirage_vlm.modeling import refusing
 from mirage_vlm.modeling.config import LATENT_END, LATENT_PAD, LATENT_START, LatentConfig
 from mirage_vlm.modeling.family import QwenVL
 from mirage_vlm.modeling.features import picture_keys
@@ -172,7 +174,7 @@ class Encoder:
             return None
         loaded = [image.load() for image in images]
         if self.config.image_scale != 1.0:
-            loaded = [p.resize(self._scaled(p.size), Resampling.BICUBIC) for p in loaded]
+            loaded = [p.resize(self.scaled(p.size), Resampling.BICUBIC) for p in loaded]
         try:
             processed = self.image_processor(images=loaded, return_tensors="pt")
         except ValueError as fault:
@@ -208,10 +210,14 @@ class Encoder:
                 not the number of its regions.
         """
         picture = self.target_picture(span, trajectory)
-        width, height = self._scaled(picture.size())
+        width, height = self.scaled(picture.size())
         if self.own_length(span) is None:
             patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
             span_length(self.config.pooling, patches, span.k or self.config.latent_size, picture)
+
+    def faults(self, trajectory: Trajectory, *, response: bool = True, targets: bool = True) -> Iterator[Fault]:
+        """What `example` would refuse, with its field; arguments as for `mirage_vlm.modeling.refusing.faults`."""
+        return refusing.faults(self, trajectory, response=response, targets=targets)
 
     def target_picture(self, span: LatentSpan, trajectory: Trajectory) -> Image:
         """What a span's targets are features of: its helper image, or the prompt's picture."""
@@ -231,7 +237,8 @@ class Encoder:
         first = images.first()
         return first if len(shown) == 1 else Pictures.join([first] * len(shown))
 
-    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+    def scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of a picture as the image processor sees it."""
         scale = self.config.image_scale
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 

@@ -101,14 +101,15 @@ def answer_check(example: Trajectory) -> Check:
     Raises:
         MirageError: the example has no answer, none that fits in `\boxed{}`, or one that its own checker calls wrong.
     """
-    if not (example.answer or "").strip():
+    known = _answer_of(example)
+    if not known.strip():
         raise MirageError("answer: is missing")
-    reference = boxed(rf"\boxed{{{example.answer}}}")
-    if not reference or r"\boxed" in str(example.answer):
-        raise MirageError(rf"answer: {example.answer!r} cannot stand in \boxed{{}}")
+    reference = boxed(rf"\boxed{{{known}}}")
+    if not reference or r"\boxed" in known:
+        raise MirageError(rf"answer: {known!r} cannot stand in \boxed{{}}")
 
     def equal(content: str) -> str | None:
-        right = _bare(content) == _bare(reference)
+        right = _bare(content) in {_bare(reference), *map(_bare, example.answers)}
         return None if right else rf"the final answer \boxed{{{content}}} is wrong; it must be \boxed{{{reference}}}"
 
     task = _task_of(example)
@@ -128,6 +129,11 @@ def answer_check(example: Trajectory) -> Check:
     if fault is not None:
         raise MirageError(f"answer: the checker of {task.name} does not take it: {fault}")
     return checked
+
+
+def _answer_of(example: Trajectory) -> str:
+    """The reference answer, of several the first."""
+    return next(iter(example.answers), "")
 
 
 def _task_of(example: Trajectory) -> Task | None:
@@ -183,7 +189,7 @@ def judge(text: str, example: Trajectory, rules: Rules, check: Check) -> tuple[W
     if faults or content is None:
         return None, faults
     before, _, after = body.partition(rules.mark)
-    reference = boxed(rf"\boxed{{{example.answer}}}") or content
+    reference = boxed(rf"\boxed{{{_answer_of(example)}}}") or content
     answer = reference if _bare(content) == _bare(reference) else content
     return Written(before, after.rstrip(_AFTER_BOX.replace(".", "")), answer), []
 

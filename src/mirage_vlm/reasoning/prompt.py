@@ -50,7 +50,8 @@ def prompt_of(example: Trajectory, rules: Rules) -> list[dict[str, Any]]:
                 parts.append(_picture(segment))
     helper = example.spans[0].helper
     assert helper is not None  # such lines are refused as they are read
-    parts += [_text(f"The right answer: {example.answer}\n\nThe last picture, which the reader will not see:")]
+    known = " or ".join(example.answers)
+    parts += [_text(f"The right answer: {known}\n\nThe last picture, which the reader will not see:")]
     parts += [_picture(helper), _text(INSTRUCTIONS.format(mark=rules.mark, max_words=rules.max_words))]
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from mirage_vlm.dotted import load_named
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks import score
+from mirage_vlm.tasks.base import count_answers
 from mirage_vlm.trajectory import Trajectory
 
 Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
@@ -31,22 +32,25 @@ def optimality(trajectories: Sequence[Trajectory]) -> list[float]:
 
 
 def well_formed(trajectories: Sequence[Trajectory]) -> list[float]:
-    r"""1 where a response ends by itself and is `<think>…</think>` and then one `\boxed{…}`, and no other."""
+    r"""1 where a response ends by itself and is `<think>…</think>` and then one answer, and no other.
+
+    An answer is `\boxed{…}` or `<answer>…</answer>`, as the checkers read it.
+    """
     return [
         float(
             each.decoding is not None
             and each.decoding.finish_reason == "stop"
             and FORMAT.fullmatch(each.text) is not None
-            and each.text.count(r"\boxed{") == 1
-            and r"\boxed{" in each.text.rpartition("</think>")[2]
+            and count_answers(each.text) == 1
+            and count_answers(each.text.rpartition("</think>")[2]) == 1
         )
         for each in trajectories
     ]
 
 
 def boxed_once(trajectories: Sequence[Trajectory]) -> list[float]:
-    r"""1 where a response has one `\boxed{…}`: the format of answers without words."""
-    return [float(each.text.count(r"\boxed{") == 1) for each in trajectories]
+    r"""1 where a response has one `\boxed{…}` or `<answer>…</answer>`: the format of answers without words."""
+    return [float(count_answers(each.text) == 1) for each in trajectories]
 
 
 def brevity(trajectories: Sequence[Trajectory]) -> list[float]:

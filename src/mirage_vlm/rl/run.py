@@ -7,8 +7,10 @@ from pathlib import Path
 from transformers import set_seed
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats import Faults
+from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.rl.rewards import reward_of
-from mirage_vlm.tasks import score
+from mirage_vlm.tasks import faults
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.cache_check import check_cache
 from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
@@ -78,6 +80,7 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
             raise MirageError(f"data: {len(examples)} examples do not make one step of {prompts} prompts")
         set_seed(train_.seed)
         vlm = prepare_model(recipe, examples)
+        check_prompts(vlm, examples)
         if rl.latents == "reroll":
             check_cache(vlm)
     if arguments.process_index == 0:
@@ -111,9 +114,26 @@ def open_examples(recipe: Recipe) -> Examples:
     for source, found in zip(named, examples.sources, strict=True):
         if not checked or isinstance(found, GeneratedDataset):
             continue
+        refused = Faults()
         for i, example in enumerate(found, start=1):
-            try:
-                score(example)
-            except MirageError as fault:
-                raise MirageError(f"{source.path}:{i}: {fault}") from fault
+            for fault in faults(example):
+                refused.add(example.where or f"{source.path}:{i}", fault)
+        if refused:
+            raise MirageError(refused.summary())
     return examples
+
+
+def check_prompts(vlm: LatentVLM, examples: Examples) -> None:
+    """What the encoder would refuse of the questions of files; made ones are sound.
+
+    Raises:
+        MirageError: there is any.
+    """
+    refused = Faults()
+    for source in examples.sources:
+        if not isinstance(source, GeneratedDataset):
+            for i, example in enumerate(source, start=1):
+                for fault in vlm.encoder.faults(example, response=False):
+                    refused.add(example.where or f"example {i}", fault)
+    if refused:
+        raise MirageError(refused.summary())

@@ -90,7 +90,12 @@ def stacks_of(meta: Mapping[str, Any], name: str) -> Stacks:
     value: Any = meta.get(name)
     whole = isinstance(value, list) and value and all(isinstance(stack, list) and stack for stack in value)
     blocks = [block for stack in value for block in stack] if isinstance(value, list) and whole else []
-    if not blocks or len(set(blocks)) < len(blocks) or not set(blocks) <= set(COLOURS):
+    if (
+        not blocks
+        or not all(isinstance(block, str) for block in blocks)
+        or len(set(blocks)) < len(blocks)
+        or not set(blocks) <= set(COLOURS)
+    ):
         raise MirageError(f'cannot score: "{name}" in meta must be stacks of {", ".join(COLOURS)}, each once')
     return frozenset(map(tuple, value))
 

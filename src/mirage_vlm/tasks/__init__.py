@@ -1,7 +1,11 @@
 """Tasks: each makes examples, words prompts and scores answers. `get_task("vsp-planning")` is the way in."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from mirage_vlm.dotted import load_named
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import Fault
 from mirage_vlm.tasks.base import Score, Task, boxed
 from mirage_vlm.tasks.choices import CHOICE
 from mirage_vlm.tasks.geometry import GEOMETRY
@@ -12,7 +16,7 @@ from mirage_vlm.tasks.seen import SEEN
 from mirage_vlm.tasks.vsp import PLANNING, REASONING, from_record
 from mirage_vlm.trajectory import Trajectory
 
-__all__ = ["Score", "Task", "from_record", "get_task", "score", "task_names"]
+__all__ = ["Score", "Task", "faults", "from_record", "get_task", "score", "task_names", "with_task"]
 
 _ALL: tuple[Task, ...] = (
     PLANNING,
@@ -26,6 +30,7 @@ _ALL: tuple[Task, ...] = (
     *SEEN,
     CHOICE,
 )
+_UNKNOWN = "an example has neither a task nor an answer, so it cannot be scored"
 _TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
@@ -55,7 +60,9 @@ def _users_own(name: str) -> Task:
 
 
 def score(trajectory: Trajectory) -> Score:
-    r"""The task's checker, or without a task the answer compared with `\boxed{}` (else the whole text).
+    r"""The task's checker, or without a task the answer compared with the last `\boxed{}` (else the whole text).
+
+    Without a task any text counts as a valid answer.
 
     Raises:
         MirageError: the task is unknown, or there is neither task nor answer.
@@ -63,8 +70,39 @@ def score(trajectory: Trajectory) -> Score:
     if trajectory.task is not None:
         return get_task(trajectory.task).score(trajectory)
     if trajectory.answer is None:
-        raise MirageError("an example has neither a task nor an answer, so it cannot be scored")
+        raise MirageError(_UNKNOWN)
     found = boxed(trajectory.text)
     given = trajectory.text.strip() if found is None else found.strip()
-    correct = given == trajectory.answer.strip()
-    return Score(correct, bool(given), None, f"{given!r} {'is' if correct else 'is not'} {trajectory.answer!r}")
+    correct = given in {answer.strip() for answer in trajectory.answers}
+    known = " or ".join(map(repr, trajectory.answers))
+    return Score(correct, bool(given), None, f"{given!r} {'is' if correct else 'is not'} {known}")
+
+
+def faults(trajectory: Trajectory, *, scored: bool = True) -> Iterator[Fault]:
+    """What `score` would refuse of an example, whatever is answered.
+
+    Args:
+        scored: it is to be scored; otherwise it may have neither a task nor an answer.
+    """
+    if trajectory.task is None:
+        if scored and trajectory.answer is None:
+            yield Fault("", _UNKNOWN)
+        return
+    try:
+        task = get_task(trajectory.task)
+    except MirageError as fault:
+        yield Fault("task", str(fault))
+        return
+    yield from task.faults(trajectory)
+
+
+def with_task(trajectory: Trajectory, name: str | None) -> Trajectory:
+    r"""The example with that task, where it has none of its own.
+
+    Where it then has no reference answer, but a response with one in `\boxed{}` or `<answer>`, that is the answer:
+    files of conversations know no other.
+    """
+    if name is None or trajectory.task is not None:
+        return trajectory
+    answer = trajectory.answer if trajectory.answer is not None else boxed(trajectory.text)
+    return replace(trajectory, task=name, answer=answer)

@@ -6,11 +6,12 @@ import hashlib
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import Fault
 from mirage_vlm.tasks.frozenlake import MAX_SIDE, Maze
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
@@ -18,7 +19,9 @@ Split = Literal["train", "test"]
 
 TEST_PERCENT = 10
 MOST_DRAWS = 1000  # of which none is for testing once in 10^46
-BOX = r"\boxed{"
+_OPENED = re.compile(r"\\boxed\s*\{|<answer>", re.IGNORECASE)
+_CLOSED = re.compile(r"</answer>", re.IGNORECASE)
+_WORDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mathsf)\s*\{([^{}]*)\}")
 STEP_BY_STEP = " Think step by step."  # what is added to the question where words are wanted
 
 
@@ -101,6 +104,16 @@ class Task(ABC):
             MirageError: `meta` lacks what the check needs.
         """
 
+    def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
+        """What `score` would refuse of an example, whatever the response; fields are named as a data file has them.
+
+        Here an empty response is scored; a task that knows better what it reads names the very field.
+        """
+        try:
+            self.score(replace(trajectory, messages=trajectory.prompt, decoding=None))
+        except MirageError as fault:
+            yield Fault("meta", str(fault).removeprefix("cannot score: "))
+
     def check_style(self, style: str) -> None:
         """Refuse a style that this task does not have."""
         if style not in self.styles:
@@ -133,25 +146,43 @@ def shown(style: str, details: Mapping[str, Any]) -> tuple[Image, ...]:
 
 
 def find_boxed(text: str) -> tuple[int, int] | None:
-    r"""Where the last `\boxed{...}` of a text begins and ends; None if absent or unclosed."""
-    start = text.rfind(BOX)
-    if start < 0:
+    r"""Where the last answer of a text begins and ends, `\boxed{...}` or `<answer>...</answer>`; None if unclosed."""
+    found = _last_answer(text)
+    return None if found is None else found[:2]
+
+
+def _last_answer(text: str) -> tuple[int, int, str] | None:
+    """Where the answer that was opened last begins and ends, and what it holds."""
+    found = list(_OPENED.finditer(text))
+    if not found:
         return None
+    opened = found[-1]
+    if not opened.group().endswith("{"):
+        closed = _CLOSED.search(text, opened.end())
+        return None if closed is None else (opened.start(), closed.end(), text[opened.end() : closed.start()])
     depth = 1
-    for index in range(start + len(BOX), len(text)):
+    for index in range(opened.end(), len(text)):
         depth += (text[index] == "{") - (text[index] == "}")
         if depth == 0:
-            return start, index + 1
+            return opened.start(), index + 1, text[opened.end() : index]
     return None
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` of a text holds, `\text{}` unwrapped; None if absent or unclosed."""
-    place = find_boxed(text)
-    if place is None:
+    r"""What the last `\boxed{...}` or `<answer>...</answer>` of a text holds, `\text{}` unwrapped; None if unclosed."""
+    found = _last_answer(text)
+    if found is None:
         return None
-    content = text[place[0] + len(BOX) : place[1] - 1]
-    return re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", content).strip()
+    content, before = found[2], ""
+    while content != before:  # one may be inside another
+        content, before = _WORDS.sub(r"\1", content), content
+    return content.strip()
+
+
+def count_answers(text: str) -> int:
+    r"""How many answers a text opens: each `\boxed{`, or where there is none, each `<answer>`."""
+    kinds = [found.group().endswith("{") for found in _OPENED.finditer(text)]
+    return sum(kinds) or len(kinds)
 
 
 def map_of(meta: Mapping[str, Any]) -> Maze:
@@ -160,9 +191,21 @@ def map_of(meta: Mapping[str, Any]) -> Maze:
     Raises:
         MirageError: there is none, or it is malformed.
     """
-    if not isinstance(meta.get("map"), list | tuple):
+    rows = meta.get("map")
+    if rows is not None and not isinstance(rows, list | tuple):
+        raise MirageError(f"cannot score: a map must be a list of strings, one for each row, not {rows!r:.60}")
+    if rows is None:
         raise MirageError('cannot score: the example has no "map" in its meta')
-    return Maze.from_rows(meta["map"])
+    return Maze.from_rows(rows)
+
+
+def map_faults(meta: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with the map that a trajectory's meta records."""
+    try:
+        map_of(meta)
+    except MirageError as fault:
+        missing = meta.get("map") is None
+        yield Fault("meta.map", "is missing; the answer is checked on the map" if missing else str(fault))
 
 
 def count(n: int, noun: str) -> str:

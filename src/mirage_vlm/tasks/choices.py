@@ -15,8 +15,11 @@ from fractions import Fraction
 from typing import Any
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import Fault
 from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed
 from mirage_vlm.trajectory import Image, Message, Text, Trajectory, user_turn
+
+MOST_DIGITS = 300  # an answer longer than this is no number
 
 _SIGNS = re.compile(r"[\s.:;,()\[\]*]+")
 _DEGREES = re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\s*\\degree")
@@ -83,7 +86,8 @@ class Choose(Task):
     r"""`choice`: any question whose right answer is known, with or without choices.
 
     `meta` has `choices`, the text of each letter (empty where the choices are in the picture), and the right `letter`;
-    or `answer`, a text, or a list of texts that must all be given, in any order.
+    or `answer`, a text, or a list of texts that must all be given, in any order. With neither, any of the example's own
+    accepted answers is right.
     """
 
     name = "choice"
@@ -112,33 +116,46 @@ class Choose(Task):
         return (user_turn(image, question + (STEP_BY_STEP if style == "cot" else "")),)
 
     def score(self, trajectory: Trajectory) -> Score:
-        """By the letter or the answer of `meta`, with `read_choice` or `same_answer`."""
+        """By the letter or the answer of `meta`, with `read_choice` or `same_answer`; else by any of `answer`.
+
+        Raises:
+            MirageError: the first of `faults`.
+        """
+        for fault in self.faults(trajectory):
+            where, _, name = fault.field.rpartition(".")
+            raise MirageError(f'cannot score: "{name}"{" in meta" if where else ""} {fault.message}')
         meta = trajectory.meta
         if "choices" in meta:
-            return score_letter(trajectory.text, *_choices(meta))
-        if "answer" not in meta:
-            raise MirageError(
-                'cannot score: the example has neither "choices" with a "letter" nor "answer" in its meta'
-            )
-        truth = meta["answer"]
-        known = [truth] if isinstance(truth, str) else truth
-        if (
-            not isinstance(known, list)
-            or not known
-            or not all(isinstance(part, str) and part.strip() for part in known)
-        ):
-            raise MirageError(f'cannot score: "answer" in meta must be a text or a list of texts, not {truth!r}')
-        return _score_answer(trajectory.text, truth)
+            return score_letter(trajectory.text, dict(meta["choices"]), meta["letter"])
+        if "answer" in meta:
+            return _score_answer(trajectory.text, meta["answer"])
+        scores = [_score_answer(trajectory.text, answer) for answer in trajectory.answers]
+        return next((score for score in scores if score.correct), scores[0])
+
+    def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
+        """What is missing, or not as `score` reads it."""
+        meta = trajectory.meta
+        if "choices" in meta:
+            yield from _choices_faults(meta["choices"], meta.get("letter"))
+        elif "answer" in meta:
+            truth = meta["answer"]
+            known = [truth] if isinstance(truth, str) else truth
+            if not isinstance(known, list) or not known or not all(isinstance(p, str) and p.strip() for p in known):
+                yield Fault("meta.answer", f"must be a text or a list of texts, not {truth!r:.200}")
+        elif not trajectory.answers:
+            yield Fault("answer", 'is missing, and meta has neither "choices" with a "letter" nor "answer"')
+        elif not all(answer.strip() for answer in trajectory.answers):
+            yield Fault("answer", "is empty")
 
 
-def _choices(meta: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    choices: Any = meta["choices"]
-    letter: Any = meta.get("letter")
+def _choices_faults(choices: Any, letter: Any) -> Iterator[Fault]:
     if not isinstance(choices, Mapping) or not all(isinstance(words, str) for words in choices.values()):
-        raise MirageError(f'cannot score: "choices" in meta must be an object of texts, not {choices!r}')
-    if letter not in choices:
-        raise MirageError(f'cannot score: "letter" in meta is {letter!r}, which is none of {", ".join(choices)}')
-    return dict(choices), letter
+        hint = ' such as {"A": "left", "B": "right"}' if isinstance(choices, list) else ""
+        yield Fault("meta.choices", f"must be an object of texts{hint}, not {choices!r:.200}")
+    elif not isinstance(letter, str) or letter not in choices:
+        yield Fault(
+            "meta.letter", f"is {letter!r:.40}, which is none of {', '.join(map(str, choices)) or 'the choices'}"
+        )
 
 
 def score_letter(
@@ -208,7 +225,7 @@ def _plain_answer(text: str) -> tuple[Fraction | None, str]:
     plain = " ".join(plain.split())
     # a point before a digit is not around a number but of it
     bare = plain.strip(_AROUND) if not re.search(r"(?<!\d)\.\d", plain) else plain.lstrip(" ([*\"'`").rstrip(_AROUND)
-    amount = _AMOUNT.fullmatch(bare)
+    amount = _AMOUNT.fullmatch(bare) if len(bare) <= MOST_DIGITS else None
     if amount is None:
         return None, bare.casefold()
     return Fraction(amount[1].replace(",", "")), (amount[2] or "").casefold()

@@ -73,14 +73,14 @@ class Geometry(Task):
         kind, figure = self._figure(trajectory)
         try:
             truth = KINDS[kind].solve(figure)
-        except (KeyError, ValueError, TypeError, IndexError) as fault:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
             raise MirageError(f"cannot score: the figure in meta is not whole: {fault!r}") from fault
         if truth in LETTERS:
             choice = read_choice(trajectory.text, dict.fromkeys(LETTERS, ""))
             said, reason = choice.letter, choice.reason
         else:
             content = boxed(trajectory.text)
-            whole = re.fullmatch(r"\s*(\d+)\s*\.?\s*", content or "")
+            whole = re.fullmatch(r"\s*(\d{1,300})\s*\.?\s*", content or "")
             said = None if whole is None else str(int(whole[1]))
             reason = r"no answer in \boxed{}" if content is None else rf"\boxed{{{content[:40]}}} is not a number"
         if said is None:
@@ -91,7 +91,7 @@ class Geometry(Task):
     @staticmethod
     def _figure(trajectory: Trajectory) -> tuple[str, Figure]:
         kind, figure = trajectory.meta.get("kind"), trajectory.meta.get("figure")
-        if kind not in KINDS or not isinstance(figure, dict):
+        if not isinstance(kind, str) or kind not in KINDS or not isinstance(figure, dict):
             raise MirageError('cannot score: the example has no "kind" and "figure" in its meta')
         return kind, figure
 

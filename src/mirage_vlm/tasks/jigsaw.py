@@ -198,7 +198,7 @@ class Jigsaw(Task):
         try:
             puzzle = Puzzle(Piece(**meta["whole"]), {key: Piece(**piece) for key, piece in meta["candidates"].items()})
             puzzle.answer()
-        except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
             raise MirageError(f'the "whole" and "candidates" of the example\'s meta are no jigsaw: {fault}') from fault
         return puzzle
 

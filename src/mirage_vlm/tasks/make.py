@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import to_record
@@ -124,23 +126,44 @@ def write_splits(
     out = Path(out)
     check_empty(out)
     total = sum(map(len, splits.values()))
-    partial = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.partial")
     try:
-        (partial / "images").mkdir(parents=True)
-        done = 0
-        for name, examples in splits.items():
-            for _ in _write_split(name, examples, partial):
-                done += 1
-                if progress:
-                    progress(done, total)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        with _unfinished(out.absolute()) as partial:
+            (partial / "images").mkdir(parents=True)
+            done = 0
+            for name, examples in splits.items():
+                for _ in _write_split(name, examples, partial):
+                    done += 1
+                    if progress:
+                        progress(done, total)
+            if out.is_dir():
+                out.rmdir()
+            partial.rename(out)
     except OSError as fault:
         raise MirageError(f"cannot write {out}: {fault.strerror or fault}") from fault
+    return out
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """The folder beside `out` to write to, for this process alone: what one that was killed left there is removed.
+
+    Raises:
+        MirageError: another process is writing it.
+    """
+    partial, lock = out.with_name(f".{out.name}.partial"), FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MirageError(f"{out}: another process is writing it right now; wait, or name another folder") from None
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def check_empty(out: Path) -> None:

@@ -7,10 +7,12 @@ the start to the gift.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import Fault
 from mirage_vlm.tasks.base import Score, Task
 from mirage_vlm.tasks.frozenlake import Cell, Maze, box_of, cell_name, generate_maze, moves_of, narrate, parse_cell
 from mirage_vlm.tasks.render import draw_maze
@@ -104,13 +106,17 @@ class Perception(Task):
             parse_cell(asked)
         return (user_turn(image, _QUESTIONS[kind].format(cell=asked)),)
 
+    def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
+        if trajectory.answer is None:
+            yield Fault("answer", "is missing; the response is compared with it")
+
     def score(self, trajectory: Trajectory) -> Score:
         """Right is the reference answer letter for letter."""
         if trajectory.answer is None:
             raise MirageError('cannot score: the example has no "answer"')
         text = trajectory.text.strip()
-        correct = text == trajectory.answer
-        verdict = "as in the picture" if correct else f"should be {trajectory.answer}"
+        correct = text in trajectory.answers
+        verdict = "as in the picture" if correct else f"should be {' or '.join(trajectory.answers)}"
         return Score(correct, bool(text), None, verdict)
 
 

@@ -93,7 +93,7 @@ class Sat(Task):
         try:
             truth = LETTERS[scene["choices"].index(KINDS[kind].truth(scene))]
             choices = {letter: str(words) for letter, words in zip(LETTERS, scene["choices"], strict=True)}
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as fault:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
             raise MirageError(f"cannot score: the scene in meta is not whole: {fault!r}") from fault
 
         def named(letter: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, count, map_of, shown
+from mirage_vlm.formats.faults import Fault
+from mirage_vlm.tasks.base import STEP_BY_STEP, Score, Task, boxed, count, map_faults, map_of, shown
 from mirage_vlm.tasks.frozenlake import (
     MOVE_WORDS,
     Cell,
@@ -132,6 +133,9 @@ class Planning(Task):
         remark = "fewest" if optimal else f"{fewest} would do"
         return Score(True, True, optimal, f"reaches the gift in {count(len(moves), 'move')} ({remark})")
 
+    def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
+        return map_faults(trajectory.meta)
+
 
 class Reasoning(Task):
     """`vsp-reasoning`: where does a given plan end? The helper image has the elf half-way along it."""
@@ -174,6 +178,14 @@ class Reasoning(Task):
             answer=answer,
             meta={"map": list(maze.rows), "level": maze.size, "style": style, "plan": plan, **meta},
         )
+
+    def faults(self, trajectory: Trajectory) -> Iterator[Fault]:
+        yield from map_faults(trajectory.meta)
+        plan = trajectory.meta.get("plan")
+        if plan is None:
+            yield Fault("meta.plan", "is missing; the answer is checked by walking it")
+        elif parse_moves(str(plan)) is None:
+            yield Fault("meta.plan", f"must be made of the moves L, R, U, D, not {plan!r:.60}")
 
     def score(self, trajectory: Trajectory) -> Score:
         """Compared with the simulator's verdict on `meta`'s map and plan, never with `answer`."""

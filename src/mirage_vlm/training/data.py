@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.formats import read_data
+from mirage_vlm.formats import Fault, Faults, read_data
 from mirage_vlm.modeling.encoding import IGNORED, Encoded, Encoder, Pictures
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.packing import arrange
@@ -132,16 +132,20 @@ def all_sources(sources: Sequence[DataRecipe]) -> list[DataRecipe]:
     """The sources with each pattern (`data/*/train.jsonl`) in the place of what it matches, in the order of names.
 
     Raises:
-        MirageError: a pattern matches nothing.
+        MirageError: there is no such file, or a pattern matches nothing.
     """
     found: list[DataRecipe] = []
     for source in sources:
-        if source.path is None or Path(source.path).exists() or not glob.has_magic(source.path):
+        if source.path is None or Path(source.path).exists():
             found.append(source)
             continue
+        hint = f"; relative paths of a recipe start at the working directory, {Path.cwd()}"
+        hint = "" if Path(source.path).is_absolute() else hint
+        if not glob.has_magic(source.path):
+            raise MirageError(f"{source.path}: no such file{hint}")
         paths = sorted(glob.glob(source.path, recursive=True))
         if not paths:
-            raise MirageError(f"{source.path}: no file matches")
+            raise MirageError(f"{source.path}: no file matches{hint}")
         found += [replace(source, path=path) for path in paths]
     return found
 
@@ -159,9 +163,13 @@ def open_source(source: DataRecipe, responses: bool = True) -> Sequence[Trajecto
         return GeneratedDataset(source.task, source.levels, source.n, source.seed, source.style, "train")
     assert source.path is not None
     found = read_data(source.path)
+    lacking = Faults()
     for i, trajectory in enumerate(found, start=1):
         if responses and not trajectory.response:
-            raise MirageError(f"{source.path}:{i}: messages: there is no assistant turn to train on")
+            problem = "there is no assistant turn to train on; a question alone is for evaluation and stage grpo"
+            lacking.add(trajectory.where or f"{source.path}:{i}", Fault("messages", problem))
+    if lacking:
+        raise MirageError(lacking.summary())
     return found
 
 
@@ -176,22 +184,32 @@ def has_spans(source: Sequence[Trajectory]) -> bool:
     return any(trajectory.spans for trajectory in looked_at)
 
 
-def check_spans(encoder: Encoder, source: Sequence[Trajectory], where: str) -> None:
-    """Before a stage-1 run: every span has a helper image with enough patches for its k.
+def check_examples(encoder: Encoder, source: Sequence[Trajectory], where: str, targets: bool) -> None:
+    """Before a run: what the encoder would refuse, which would otherwise end it in the middle.
 
-    Of a file all examples are looked at (helper images are opened, not decoded); of a generated source one for
-    each level.
+    Of a file all examples are looked at (pictures are opened, not decoded); of a generated source, whose spans alone
+    depend on the model, one for each level where there are targets.
+
+    Args:
+        where: what messages name: the file, or the task.
+        targets: helper images are to be learnt from.
 
     Raises:
-        MirageError: one has not; the message names the file and the example.
+        MirageError: there is any; the message names the place and the field of the first, and how many there are.
     """
-    count = len(source.levels) if isinstance(source, GeneratedDataset) else len(source)
-    for i in range(min(count, len(source))):
-        for span in source[i].spans:
-            try:
-                encoder.check_span(span, source[i])
-            except MirageError as fault:
-                raise MirageError(f"{where}: example {i + 1}: {fault}") from fault
+    made = isinstance(source, GeneratedDataset)
+    found = Faults()
+    count = len(source)
+    if isinstance(source, GeneratedDataset):
+        count = min(len(source.levels), count) if targets else 0
+    for i in range(count):
+        example = source[i]
+        for fault in encoder.faults(example, targets=targets):
+            if made:  # there is no file to look at
+                raise MirageError(f"{where}: example {i + 1}: {fault.message}")
+            found.add(example.where or f"{where}:{i + 1}", fault)
+    if found:
+        raise MirageError(found.summary())
 
 
 class BucketSampler(Sampler[int]):

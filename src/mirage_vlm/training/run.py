@@ -32,7 +32,7 @@ from mirage_vlm.training.data import (
     Examples,
     Kept,
     all_sources,
-    check_spans,
+    check_examples,
     has_spans,
     open_all,
 )
@@ -72,9 +72,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
         set_seed(recipe.train.seed)
         vlm = prepare_model(recipe, examples)
-        if recipe.needs_targets:
-            for source, opened in zip(sources, examples.sources, strict=True):
-                check_spans(vlm.encoder, opened, source.path or f"task {source.task}")
+        for source, opened in zip(sources, examples.sources, strict=True):
+            check_examples(vlm.encoder, opened, source.path or f"task {source.task}", recipe.needs_targets)
         alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
         fit(vlm, alignment, examples, recipe, arguments.device)
         if recipe.stage == "stage2":
