@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from mirage_vlm.benchmarks import bounds
 from mirage_vlm.benchmarks.bounds import Memory, Reading, datasheet, matmul, training_flops
 from mirage_vlm.benchmarks.shapes import shaped
+from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.training.losses import stage1
 
@@ -18,7 +19,8 @@ from mirage_vlm.training.losses import stage1
 def test_bytes_of_a_step(tiny):
     cache = DynamicCache(config=tiny.language_model.config)
     ids = torch.zeros(1, 10, dtype=torch.long)
-    tiny.language_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    positions = torch.arange(10).expand(3, 1, -1)
+    run_decoder(tiny.language_model, tiny.embed(ids), positions, past=cache)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     weights = sum(
         p.numel() * 4
