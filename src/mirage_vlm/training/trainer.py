@@ -91,6 +91,7 @@ class LatentTrainer(Checkpoints):
         self.take(vlm, recipe)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
         self._sums: torch.Tensor | None = None  # of SUMS since the last log, of this process
+        self._step_sums: torch.Tensor | None = None  # the same of the step that is under way
 
     # -- loss --------------------------------------------------------------------------------------------------
 
@@ -148,8 +149,20 @@ class LatentTrainer(Checkpoints):
         loss = weighted(found["ce_sum"], found["align_sum"]).float()
         if found["ce_sum"].dtype != torch.float32:
             loss = loss + (weighted(*sums[:2]) - loss).detach().float()  # the value before it was rounded
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         return (loss, found) if return_outputs else loss
+
+    def terms(self) -> dict[str, torch.Tensor]:
+        if self._step_sums is None:
+            return {}
+        ce, align = self._step_sums[:2]
+        return {"the cross-entropy (ce)": ce} | ({"the alignment (align)": align} if self.recipe.needs_targets else {})
+
+    def step_ends(self, taken: bool) -> None:
+        super().step_ends(taken)
+        if taken and self._step_sums is not None:
+            self._sums = self._step_sums if self._sums is None else self._sums + self._step_sums
+        self._step_sums = None
 
     def _own_share(self) -> float:
         """The chance of a latent to be the model's own, at the current step."""
@@ -167,6 +180,7 @@ class LatentTrainer(Checkpoints):
             logs["token_accuracy"] = sums["correct"] / max(sums["tokens"], 1)
             logs["tokens"] = sums["tokens"]
             logs["latents"] = sums["latents"]
+        self.without_skipped(logs)
         super().log(logs, start_time)
 
     # -- order of the data -------------------------------------------------------------------------------------
