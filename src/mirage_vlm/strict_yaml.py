@@ -14,7 +14,7 @@ from yaml.constructor import SafeConstructor
 from mirage_vlm.errors import MirageError
 
 MOST_BYTES = 1 << 20
-MOST_VALUES = 100_000  # with aliases written out
+MOST_VALUES = 20_000  # with aliases written out
 DEEPEST = 32
 WHOLE = 2**63  # whole numbers are below it
 _TAGS = "tag:yaml.org,2002:"

@@ -19,6 +19,7 @@ from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.run import prepare_model, run, training_arguments
 from mirage_vlm.training.run import train as train_on_data
 from mirage_vlm.training.shares import together
+from mirage_vlm.training.telling import plan_of
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, force: bool = False, device: str | None = None) -> Path:

@@ -250,9 +250,7 @@ def changes(before: Recipe, now: Recipe) -> list[str]:
     one, other = before.train, now.train
     if 0 < one.max_steps < other.max_steps:
         free.add("train.max_steps")
-    if one.max_steps > 0 and other.max_steps > 0:
-        free.add("train.epochs")
-    elif one.epochs < other.epochs:
+    if (one.max_steps > 0 and other.max_steps > 0) or one.epochs < other.epochs:
         free.add("train.epochs")
     same = one.batch_size * one.accumulate == other.batch_size * other.accumulate
     if same and not one.bucket and not other.bucket and now.stage != "grpo":

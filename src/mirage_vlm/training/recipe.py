@@ -17,6 +17,7 @@ from mirage_vlm.modeling.shape import ScratchConfig
 from mirage_vlm.settings import PATH, not_finite, read_settings
 from mirage_vlm.training.names import SCHEDULERS as SCHEDULERS
 
+
 @dataclass(frozen=True)
 class LoraRecipe:
     """Low-rank adapters by peft on the language model; the latent tokens' embeddings are trained with them.

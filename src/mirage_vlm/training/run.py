@@ -83,9 +83,7 @@ def train(recipe: Recipe, *, resume: bool = False, force: bool = False, device: 
             sources = all_sources(recipe.data)
             examples = open_all(sources)
             if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
-                raise MirageError(
-                    "stage sft trains on text alone, but the data has latent spans; use stage1 or stage2"
-                )
+                raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
             set_seed(recipe.train.seed)
             vlm = prepare_model(recipe, examples)
             if recipe.needs_targets:
