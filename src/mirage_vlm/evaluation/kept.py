@@ -117,6 +117,6 @@ class Kept:
                 raise MirageError(f"{path}:{number}: is damaged; remove it or start over with --restart") from fault
             if number == 1 and (differing := list(differences(settings, self.settings))):
                 raise MirageError(
-                    f"{path} was left by another evaluation ({in_short(differing)}): repeat that one to finish it, remove it, or "
-                    "start over with --restart"
+                    f"{path} was left by another evaluation ({in_short(differing)}): repeat that one to finish "
+                    "it, remove it, or start over with --restart"
                 )

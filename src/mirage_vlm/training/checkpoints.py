@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -22,7 +23,7 @@ from transformers import TrainerCallback
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import atomic_writer
 from mirage_vlm.modeling.latent_vlm import LatentVLM
-from mirage_vlm.training.finite import Watched
+from mirage_vlm.training.finite import Watch
 from mirage_vlm.training.folder import METRICS_FILE as METRICS_FILE
 from mirage_vlm.training.folder import RECIPE_FILE as RECIPE_FILE
 from mirage_vlm.training.folder import TRAINABLE_FILE as TRAINABLE_FILE
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from mirage_vlm.training.recipe import Recipe
 
 
-class Checkpoints(Watched):
+class Checkpoints(transformers.Trainer):
     """The part of a trainer that writes checkpoints atomically and reads them back.
 
     Attributes:
@@ -51,7 +52,7 @@ class Checkpoints(Watched):
         self.vlm, self.recipe = vlm, recipe
         self._staging: str | None = None
         self._old_to_go = False  # there may be more checkpoints than are to be kept
-        self.watch(recipe.train.non_finite == "skip", Path(recipe.output_dir))
+        self.watch = Watch(self, recipe.train.non_finite == "skip", Path(recipe.output_dir))
         self._dtype = vlm.model.dtype  # accelerate may train a float32 copy
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -63,7 +64,7 @@ class Checkpoints(Watched):
         Raises:
             MirageError: weights are not finite, or the disk is full or cannot be written.
         """
-        self.check_weights()
+        self.watch.check_weights()
         run_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = str(run_dir / "incomplete")
@@ -102,14 +103,23 @@ class Checkpoints(Watched):
                     remove(old)
         self._old_to_go = False
 
-    def step_ends(self, taken: bool) -> None:
-        if taken:
-            self.drop_old()
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().train(*args, **kwargs)
+        with self.watch.at_work():
+            found = super().train(*args, **kwargs)
         self.drop_old()
         return found
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.watch.loss(super().training_step(*args, **kwargs))
+
+    def terms(self) -> dict[str, torch.Tensor]:
+        """The parts of the step's loss, each a scalar of this process, to name the one that is not finite."""
+        return {}
+
+    def step_ends(self, taken: bool) -> None:
+        """Called in each step when it is known whether it is taken."""
+        if taken:
+            self.drop_old()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the weights. A process that holds only a share of them sends it to the first one."""

@@ -224,14 +224,14 @@ def _check_same(checkpoint: Path, recipe: Recipe, force: bool) -> None:
     if (before.model.lora is None) != (recipe.model.lora is None):
         has, wants = ("LoRA", "none") if recipe.model.lora is None else ("no LoRA", "it")
         raise MirageError(
-            f"{checkpoint}: was trained with {has} and the recipe has {wants} (model.lora), so it cannot go on from it; "
-            "take the recipe back, or choose another output_dir"
+            f"{checkpoint}: was trained with {has} and the recipe has {wants} (model.lora), so it cannot go on from "
+            "it; take the recipe back, or choose another output_dir"
         )
     changed = changes(before, recipe)
     if changed and not force:
         raise MirageError(
-            f"{checkpoint}: the recipe has changed ({in_short(changed)}); take that back, choose another output_dir, or "
-            "add --force to go on by the new one all the same"
+            f"{checkpoint}: the recipe has changed ({in_short(changed)}); take that back, choose another output_dir, "
+            "or add --force to go on by the new one all the same"
         )
     if changed:
         step = checkpoint.name.rpartition("-")[2]

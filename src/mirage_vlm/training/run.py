@@ -137,7 +137,7 @@ def run(trainer: Checkpoints, last: str | None, plan: Plan) -> Path:
                 trainer.train(resume_from_checkpoint=last)
         finally:
             trainer.callback_handler.train_dataloader = None  # its worker processes end with it
-    trainer.check_weights()
+    trainer.watch.check_weights()
     trainer.collect()
     if trainer.is_world_process_zero():
         merge_adapters(trainer.vlm)
@@ -321,7 +321,7 @@ def training_arguments(recipe: Recipe, kind: type[A], device: str | None = None,
         label_names=["labels"],
         use_cpu=use_cpu,
         dataloader_pin_memory=not use_cpu,
-        logging_nan_inf_filter=False,  # which writes another loss in the place of what is not finite; see `Watched`
+        logging_nan_inf_filter=False,  # which writes another loss in the place of what is not finite; see `Watch`
         disable_tqdm=True,
         **more,
     )

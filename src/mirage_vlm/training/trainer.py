@@ -180,7 +180,7 @@ class LatentTrainer(Checkpoints):
             logs["token_accuracy"] = sums["correct"] / max(sums["tokens"], 1)
             logs["tokens"] = sums["tokens"]
             logs["latents"] = sums["latents"]
-        self.without_skipped(logs)
+        self.watch.without_skipped(logs)
         super().log(logs, start_time)
 
     # -- order of the data -------------------------------------------------------------------------------------
