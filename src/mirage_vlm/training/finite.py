@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
             self.norm = clip(*values, **options)
             return self.norm
 
-        accelerator.clip_grad_norm_ = clipped  # type: ignore[method-assign]
+        accelerator.clip_grad_norm_ = clipped
         self.trainer.add_callback(self)
         try:
             yield

@@ -31,6 +31,9 @@ WORKERS_LEAVE = 15.0
 """Seconds in which the processes that prepare batches notice that the one they work for was killed; until then they
 hold its lock."""
 
+FAILED_WRITES = ("os error", "I/O error", "PytorchStreamWriter", "inline_container", "iostream error", "write failed")
+"""What Rust's and torch's errors of a failed write have in them."""
+
 # what may change from one part of a run to the next: it changes no number, or none but to rounding
 FREE = {"output_dir", "model.attn"} | {
     f"train.{name}"
@@ -117,6 +120,7 @@ def writing(what: object, output: Path, full: bool = False) -> Iterator[None]:
     Raises:
         MirageError: it cannot be written.
     """
+    cause: Exception
     try:
         yield
     except OSError as fault:
@@ -125,7 +129,7 @@ def writing(what: object, output: Path, full: bool = False) -> Iterator[None]:
         reason, cause = fault.strerror or str(fault), fault
     except (SafetensorError, RuntimeError) as fault:  # of Rust and of torch, which have lost the number of the error
         reason = " ".join(str(fault).split())
-        if not any(word in reason for word in ("os error", "PytorchStreamWriter", "file write failed", "I/O error")):
+        if not any(word in reason for word in FAILED_WRITES):
             raise
         reason, cause = reason.partition(" (os error")[0] if "os error" in reason else "is the disk full?", fault
     else:
