@@ -46,12 +46,12 @@ def test_a_run_says_what_it_does(path, tmp_path, capsys):
     assert said["writes"] == f"{tmp_path}/run: metrics.jsonl, a checkpoint every 3 steps, final"
     logs = [line for line in lines if line.startswith("step ")]
     assert [line.split("  ")[0] for line in logs] == ["step 1/4", "step 2/4", "step 4/4"]
-    form = r"step 2/4  loss [\d.]+  ce [\d.]+  align [\d.]+  acc [\d.]+  lr [\d.e+-]+  grad [\d.]+  \S+ s/step  .* left"
+    form = r"step 2/4  loss [\d.]+  ce [\d.]+  align [\d.]+  acc [\d.]+  grad [\d.]+  lr [\d.e+-]+  \S+ s/step  .* left"
     assert re.fullmatch(form, logs[1]), logs[1]
     assert logs[2].endswith("done") and lines[-1].startswith("4 steps in ")
     assert not any("{" in line for line in lines), "no dictionaries"
 
-    run.train(load_recipe(path, ["train.max_steps=6", "train.warmup=9"]), resume=True)
+    run.train(load_recipe(path, ["train.max_steps=6", "train.warmup=9"]), resume=True, force=True)
     lines = capsys.readouterr().out.splitlines()
     assert "resumed  from step 4" in lines
     assert any(line.startswith("note: warmup takes 9 of 6 steps") for line in lines)
@@ -60,6 +60,13 @@ def test_a_run_says_what_it_does(path, tmp_path, capsys):
 def test_data_without_spans_is_told(path, capsys):
     run.train(load_recipe(path, ["data=[{task: vsp-perception, levels: [3], n: 8}]", "train.max_steps=1"]))
     assert "note: no example has a latent span, so stage1 trains on text alone" in capsys.readouterr().out
+
+
+def test_a_loss_that_grows_is_told(path, capsys):
+    run.train(load_recipe(path, ["train.learning_rate=3", "train.max_steps=8"]))
+    assert re.search(
+        r"note: the loss grew from \S+ to \S+; look at train.learning_rate \(it is 3\)", capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:0", "tpu", ""])
@@ -138,7 +145,7 @@ def test_what_is_no_number_is_said():
     line = losses_line(
         {"loss": float("nan"), "ce": None, "grad_norm": float("inf"), "learning_rate": 0.1, "skipped": 2}
     )
-    assert line == ["loss not finite", "ce -", "lr 1.00e-01", "grad not finite", "skipped 2"]
+    assert line == ["loss not finite", "ce -", "grad not finite", "lr 0.1", "skipped 2"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WIDEST = 120  # characters of a line of a log
 SOURCES = 4  # that are named
+GROWN = 2  # times its first value, of a last loss that is worth a note
 SAID_AFTER = 3  # steps, the first of which is slower than the others, before a first estimate
 STAGES = {
     "sft": "cross-entropy on text",
@@ -160,6 +161,10 @@ class Teller(TrainerCallback):
             skipped = next((line["skipped"] for line in reversed(state.log_history) if "skipped" in line), 0)
             more = f"; {skipped} of them left out, since they were not finite" if skipped else ""
             say(f"{state.global_step - self.begin:,} steps in {duration(time.monotonic() - self.began)}{more}")
+            losses = [line["loss"] for line in state.log_history if line.get("loss") is not None]
+            if self.plan.recipe.rl is None and losses and losses[-1] > GROWN * losses[0]:
+                rate = f"train.learning_rate (it is {self.plan.recipe.train.learning_rate:g})"
+                say(f"note: the loss grew from {number(losses[0])} to {number(losses[-1])}; look at {rate}")
 
     def _left(self, state: Any) -> float:
         """Seconds that the rest of the run will take, at the pace so far; the first step counts only if it is alone."""
@@ -187,8 +192,8 @@ def rewards_line(logs: Mapping[str, Any]) -> list[str]:
 
 
 def _optimiser(logs: Mapping[str, Any]) -> list[str]:
-    shown = [f"lr {logs['learning_rate']:.2e}"] if "learning_rate" in logs else []
-    shown += [f"grad {number(logs['grad_norm'])}"] if "grad_norm" in logs else []
+    shown = [f"grad {number(logs['grad_norm'])}"] if "grad_norm" in logs else []
+    shown += [f"lr {logs['learning_rate']:.3g}"] if "learning_rate" in logs else []
     return shown + ([f"skipped {logs['skipped']}"] if logs.get("skipped") else [])
 
 
