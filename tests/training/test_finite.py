@@ -189,6 +189,18 @@ def test_a_learning_rate_of_ten(start, tmp_path):
     assert all(all_finite(path) for path in folder.glob("checkpoint-*"))
 
 
+def test_data_without_a_label(start, monkeypatch):
+    own = run.Collator.__call__
+
+    def unlabelled(self, trajectories):
+        batch = own(self, trajectories)
+        return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+    monkeypatch.setattr(run.Collator, "__call__", unlabelled)
+    with pytest.raises(MirageError, match="data: the first step has neither a token with a label nor a latent"):
+        start("stage=sft", "data=[{task: vsp-perception, levels: [3], n: 8}]")
+
+
 def test_an_untouched_run_says_nothing_of_it(start, tmp_path, capsys):
     start("train.max_steps=2")
     assert all("skipped" not in line for line in metrics(tmp_path / "run"))

@@ -260,6 +260,12 @@ def test_a_half_checkpoint_is_not_gone_on_from(done, start, tmp_path, name, how)
     assert "checkpoint-4: is not whole (" in refusal(start, resume=True)
 
 
+def test_what_a_kill_left_of_an_old_checkpoint_goes(start, stopped):
+    (stopped / ".checkpoint-1.old").mkdir()
+    start(resume=True)
+    assert not (stopped / ".checkpoint-1.old").exists()
+
+
 def test_folders_that_are_no_checkpoints(tmp_path):
     for name in ("checkpoint-best", "checkpoint-", "checkpoint-2"):
         (tmp_path / name).mkdir()

@@ -272,3 +272,9 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def clear(output: Path) -> None:
+    """Remove what a kill in the middle of `remove` has left."""
+    for hidden in output.glob(".checkpoint-*.old"):
+        shutil.rmtree(hidden, ignore_errors=True)

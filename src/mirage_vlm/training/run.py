@@ -40,6 +40,7 @@ from mirage_vlm.training.folder import (
     METRICS_FILE,
     RECIPE_FILE,
     alone,
+    clear,
     newest_checkpoint,
     write_recipe,
     writing,
@@ -129,6 +130,8 @@ def run(trainer: Checkpoints, last: str | None, plan: Plan) -> Path:
     recipe = trainer.recipe
     output = Path(recipe.output_dir)
     speak(trainer, plan)
+    if trainer.is_world_process_zero():
+        clear(output)
     if last is not None and was_over(recipe, last):
         trainer.load_weights(last)  # transformers would train one step more
     else:

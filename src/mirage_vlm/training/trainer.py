@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.align import Alignment, Cosine
@@ -21,7 +22,7 @@ from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.rollout import Batch
-from mirage_vlm.training.shares import ShareCollator, Shares, together
+from mirage_vlm.training.shares import ShareCollator, SharedFault, Shares, together
 from mirage_vlm.training.workers import in_one_line
 
 STAGE_LOSSES: dict[str, Callable[..., StageLoss]] = {"sft": stage1, "stage1": stage1, "stage2": stage2}
@@ -91,6 +92,7 @@ class LatentTrainer(Checkpoints):
         self.take(vlm, recipe)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
         self._sums: torch.Tensor | None = None  # of SUMS since the last log, of this process
+        self._begun = False  # a first step has been looked at
         self._step_sums: torch.Tensor | None = None  # the same of the step that is under way
 
     # -- loss --------------------------------------------------------------------------------------------------
@@ -122,7 +124,14 @@ class LatentTrainer(Checkpoints):
             ],
             device=device,
         )
-        return self.accelerator.reduce(counts, reduction="sum") if self.args.world_size > 1 else counts
+        several = self.args.world_size > 1
+        counts = self.accelerator.reduce(counts, reduction="sum") if several else counts
+        if not self._begun:
+            self._begun = True
+            if not bool(counts.any()):
+                message = "the first step has neither a token with a label nor a latent, so nothing is learnt of it"
+                raise (SharedFault if several else MirageError)(f"data: {message}; look at the responses")
+        return counts
 
     def compute_loss(
         self,
