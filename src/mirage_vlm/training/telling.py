@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -225,9 +226,10 @@ def duration(seconds: float) -> str:
 
 
 def say(*lines: str) -> None:
-    """Print lines at once, also into a pipe."""
-    for line in lines:
-        print(line, flush=True)
+    """Print lines at once, also into a pipe; a run does not end because nobody reads on at its other end."""
+    with suppress(BrokenPipeError):
+        for line in lines:
+            print(line, flush=True)
 
 
 def _schedule(train: Any, steps: int) -> list[str]:
