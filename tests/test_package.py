@@ -25,6 +25,8 @@ MAX_LINES = 400
 FLOORS = {
     "errors": 0,
     "settings": 0,
+    "strict_yaml": 0,
+    "differences": 0,
     "dotted": 0,
     "trajectory": 0,
     "formats": 0,

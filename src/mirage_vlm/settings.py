@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from mirage_vlm.errors import MirageError
+from mirage_vlm.strict_yaml import read_mapping, read_text, read_value
 
 T = TypeVar("T")
 Where = Callable[[str], str]  # a key → the place of it, or of the nearest enclosing key that is known
+PATH = {"path": True}  # metadata of fields that hold paths: in these ~ is the home folder
 
 
 def read_settings(
@@ -33,26 +35,13 @@ def read_settings(
     Raises:
         MirageError: the file cannot be read, or a key or value is wrong; the message names file, line and key.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        tree = yaml.compose(text)
-    except (OSError, UnicodeDecodeError) as fault:
-        raise MirageError(f"{path}: cannot read {what}: {fault}") from fault
-    except yaml.YAMLError as fault:
-        raise MirageError(f"{path}: not valid YAML: {' '.join(str(fault).split())}") from fault
-    if not isinstance(tree, yaml.MappingNode):
-        raise MirageError(f"{path}: {what} is not a mapping of keys to values")
-    lines: dict[str, int] = {}
-    values = _plain(tree, "", lines)
+    values, lines = read_mapping(read_text(Path(os.path.expanduser(path)), what), str(path), what)
     origin = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         key, sep, raw = override.partition("=")
-        if not sep:
+        if not sep or not key:
             raise MirageError(f"override {override!r} must be key=value")
-        try:
-            value = yaml.safe_load(raw) if raw else None
-        except yaml.YAMLError as fault:
-            raise MirageError(f"override {override!r}: not valid YAML: {' '.join(str(fault).split())}") from fault
+        value = read_value(raw, f"override {override!r}")
         _override(values, key, value)
         inside = (f"{key}.", f"{key}[")  # what the file said there is gone
         origin = {name: place for name, place in origin.items() if not name.startswith(inside)}
@@ -61,21 +50,6 @@ def read_settings(
             origin.setdefault(key.rsplit(".", i)[0], origin[key])
     found = _build(kind, values, "", origin, str(path), what)
     return found, lambda key: _where(origin, key, str(path))
-
-
-def _plain(node: yaml.Node, key: str, lines: dict[str, int]) -> Any:
-    """YAML nodes as plain values, recording the line of every key."""
-    lines[key] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for name, value in node.value:
-            child = f"{key}.{name.value}" if key else str(name.value)
-            found[name.value] = _plain(value, child, lines)
-            lines[child] = name.start_mark.line + 1
-        return found
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, f"{key}[{i}]", lines) for i, item in enumerate(node.value)]
-    return yaml.safe_load(yaml.serialize(node))
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -101,12 +75,12 @@ def _build(kind: Any, value: Any, key: str, origin: dict[str, str], path: str, w
         return _build(next(arm for arm in kind.__args__ if arm is not types.NoneType), value, key, origin, path, what)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            fail(f"expected a list, got {value!r}")
+            fail(f"expected a list, got {_shown(value)}")
         item = typing.get_args(kind)[0]
         return tuple(_build(item, v, f"{key}[{i}]", origin, path, what) for i, v in enumerate(value))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            fail(f"expected keys and values, got {value!r}")
+            fail(f"expected keys and values, got {_shown(value)}")
         hints = typing.get_type_hints(kind)
         for name in value:
             if name not in hints:
@@ -122,17 +96,76 @@ def _build(kind: Any, value: Any, key: str, origin: dict[str, str], path: str, w
         if required:
             fail(f"missing {', '.join(required)}")
         inner = {n: _build(hints[n], v, f"{key}.{n}" if key else n, origin, path, what) for n, v in value.items()}
+        for found in dataclasses.fields(kind):
+            if found.metadata.get("path") and found.name in inner:
+                name = f"{key}.{found.name}" if key else found.name
+                inner[found.name] = _paths(inner[found.name], f"{_where(origin, name, path)}: {name}")
         return typing.cast(Any, kind)(**inner)
     if kind is float and isinstance(value, str):  # YAML reads 1e-5 as a string
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
-            fail(f"expected a number, got {value!r}")
+            fail(f"expected a number, got {_shown(value)}")
+        if math.isinf(number) and "inf" not in value.lower():
+            fail(f"{_shown(value)} is too large for a number")
+        return number
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        fail(f"expected {kind.__name__}, got {value!r}")
+        fail(f"expected {kind.__name__}, got {_shown(value)}{_surprise(kind, value)}")
     return value
+
+
+def _surprise(kind: type, value: Any) -> str:
+    """What to do about words that YAML takes for something else."""
+    if kind is str and isinstance(value, bool):
+        return "; yes, no, on, off, true and false are no words in YAML unless they stand in quotes"
+    if kind is str and value is None:
+        return "; null, ~ and an empty value are nothing in YAML; put quotes around a word"
+    return ""
+
+
+def expand(path: str) -> str:
+    """A path with the home folder in the place of ~.
+
+    Raises:
+        MirageError: it is of a user that there is not, is empty, or cannot be a path.
+    """
+    found = os.path.expanduser(path)
+    if not path:
+        raise MirageError("is empty; give a path")
+    if "\0" in path:
+        raise MirageError("holds a zero byte, which no path has")
+    if found.startswith("~"):
+        raise MirageError(f"there is no home folder of {path.split('/')[0]!r}; write ./~… for a name that begins so")
+    return found
+
+
+def _paths(value: Any, where: str) -> Any:
+    """A path, several, or None, with ~ expanded."""
+    try:
+        if isinstance(value, tuple):
+            return tuple(map(expand, value))
+        return None if value is None else expand(value)
+    except MirageError as fault:
+        raise MirageError(f"{where}: {fault}") from fault
+
+
+def not_finite(settings: Any, key: str = "") -> str | None:
+    """The key of the first number among settings that is infinite or none."""
+    if dataclasses.is_dataclass(settings):
+        inside = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+        parts = [(f"{key}.{name}" if key else name, value) for name, value in inside.items()]
+    elif isinstance(settings, tuple):
+        parts = [(f"{key}[{i}]", value) for i, value in enumerate(settings)]
+    else:
+        return key if isinstance(settings, float) and not math.isfinite(settings) else None
+    return next((found for name, value in parts if (found := not_finite(value, name)) is not None), None)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _where(origin: dict[str, str], key: str, path: str) -> str:

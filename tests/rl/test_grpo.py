@@ -207,6 +207,36 @@ def _broken(roll_out):
     return rolled
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_step_that_is_not_finite(grpo, tmp_path, monkeypatch, policy):
+    own = LatentGRPO._compute_loss
+
+    def broken(self, model, inputs):
+        loss = own(self, model, inputs)
+        return loss * torch.nan if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(LatentGRPO, "_compute_loss", broken)
+    chosen = f"train.non_finite={policy}"
+    if policy == "stop":
+        with pytest.raises(MirageError, match=r"step 3: the loss is not finite, at a learning rate of .*-2"):
+            grpo("run", chosen)
+        assert not (tmp_path / "run" / "final").exists()
+    else:
+        final = grpo("run", chosen)
+        assert [line.get("skipped") for line in metrics(final)] == [None, None, 1, 1]
+        assert apart(final, final.parent / "checkpoint-2") == 0
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_one_readable_line_a_step(grpo, capsys):
+    grpo("run", "train.max_steps=1")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("rewards  0.5 x test_grpo:letters, 1 x thought; 4 responses a prompt") for line in lines)
+    (line,) = [line for line in lines if line.startswith("step ")]
+    assert line.startswith("step 1/1  reward ") and "letters " in line and "kl " in line and len(line) <= 120
+    assert not any("{" in line for line in lines)
+
+
 def test_engine_and_trainer_apart_are_told_of(grpo, monkeypatch):
     observe = LatentGRPO._observe
     monkeypatch.setattr(LatentGRPO, "_observe", lambda self, logps, entropy: observe(self, logps - 0.5, entropy))

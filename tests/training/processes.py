@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 
 from mirage_vlm.cli.main import run as command
+from mirage_vlm.errors import MirageError
 from mirage_vlm.training import run
 from mirage_vlm.training.recipe import load_recipe
 from mirage_vlm.training.trainer import LatentTrainer
@@ -31,12 +32,15 @@ class Job:
         overrides: of the recipe.
         after: a checkpoint to go on from; it is copied into the output folder first.
         killed_in: the last process dies in this step, by a signal that no one hears.
+        none_in: in the last process the loss of this step is no number; what every process says of it is written into
+            the output folder.
         by_command: run it as `mirage train`, which ends the process.
     """
 
     overrides: list[str]
     after: str = ""
     killed_in: int = 0
+    none_in: int = 0
     by_command: bool = False
 
 
@@ -58,6 +62,17 @@ def die_in(step: int) -> None:
     LatentTrainer.compute_loss = deadly
 
 
+def lose_in(step: int) -> None:
+    own = LatentTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = own(self, *args, **kwargs)
+        here = self.state.global_step == step - 1 and self.args.process_index == self.args.world_size - 1
+        return loss * float("nan") if here else loss
+
+    LatentTrainer.compute_loss = poisoned
+
+
 def do(path: str, job: Job) -> None:
     recipe = load_recipe(path, job.overrides)
     if job.after:
@@ -68,7 +83,17 @@ def do(path: str, job: Job) -> None:
         die_in(job.killed_in)
     if job.by_command:
         command(["train", path, *job.overrides])
-    run.train(recipe, resume=bool(job.after))
+    if not job.none_in:
+        run.train(recipe, resume=bool(job.after))
+        return
+    own = LatentTrainer.compute_loss
+    lose_in(job.none_in)
+    try:
+        run.train(recipe)
+    except MirageError as fault:
+        Path(recipe.output_dir, f"fault-{dist.get_rank()}").write_text(f"{type(fault).__name__}: {fault}")
+    finally:
+        LatentTrainer.compute_loss = own
 
 
 if __name__ == "__main__":

@@ -91,6 +91,10 @@ SHARES = {
     "tied": (TIED, HALF),
     "parallel-accumulated": (PARALLEL, *QUARTER),
 }
+LOST = {  # a loss of the last process is no number in step 3
+    "stopped": (HALF, "train.save_every=2", "train.keep=1"),
+    "skipped": (*QUARTER, "train.non_finite=skip"),
+}
 RESUMED = ("stage2", "lora", "fitted")  # of those with shares, each once more from its own checkpoint-3
 
 
@@ -170,6 +174,7 @@ def copies(folder) -> subprocess.CompletedProcess:
     jobs = [Job(overrides(folder, "copies", name, wanted)) for name, wanted in COPIES.items()]
     resumed = overrides(folder, "copies", "long-resumed", COPIES["long"])
     jobs.append(Job(resumed, after=f"{folder}/copies/long/checkpoint-6"))
+    jobs += [Job(overrides(folder, "copies", name, wanted), none_in=3) for name, wanted in LOST.items()]
     jobs.append(Job(overrides(folder, "copies", "killed", COPIES["long"]), killed_in=8))
     return two("cpu-2.yaml", WORKER, "recipe.yaml", write_jobs(folder / "copies.json", jobs), cwd=folder)
 
@@ -181,6 +186,7 @@ def shares(folder) -> subprocess.CompletedProcess:
     for name in RESUMED:
         values = overrides(folder, "shares", f"{name}-resumed", SHARES[name])
         jobs.append(Job(values, after=f"{folder}/shares/{name}/checkpoint-3"))
+    jobs += [Job(overrides(folder, "shares", name, wanted), none_in=3) for name, wanted in LOST.items()]
     write_jsonl(folder / "broken.jsonl", [dialogue([text], ["up"]) for text in [*["Go"] * 7, "left " * 600]])
     broken = ("stage=sft", "data=[{{path: {folder}/broken.jsonl}}]", "train.batch_size=1", "train.workers=1")
     jobs.append(Job(overrides(folder, "shares", "broken", broken), by_command=True))
@@ -255,6 +261,21 @@ def test_the_death_of_one_process_ends_all(folder, copies):
     assert not (output / "final").exists()
 
 
+@pytest.mark.parametrize("kind", ["copies", "shares"])
+def test_a_loss_of_one_process_that_is_no_number_is_one_of_all(folder, request, kind):
+    done = request.getfixturevalue(kind)
+    output = folder / kind / "stopped"
+    said = [(output / f"fault-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1], done.stderr[-5000:]
+    assert said[0].startswith("SharedFault: step 3: the loss is not finite") and "checkpoint-2" in said[0]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"] and not (output / "final").exists()
+    skipped = metrics(folder / kind / "skipped")
+    assert [line.get("skipped") for line in skipped] == [None, None, 1, 1, 1]
+    assert skipped[2]["loss"] is None and skipped[3]["loss"] > 0
+    final = load_file(folder / kind / "skipped" / "final" / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in final.values())
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_by_the_command(folder, copies, alone):
     """And under another launcher."""
@@ -285,7 +306,7 @@ def test_two_machines(folder, alone):
 
 def test_what_one_process_cannot_read_ends_all_with_one_line(shares):
     assert shares.returncode != 0
-    assert shares.stderr.count("error: a prompt has") == 1, shares.stderr[-5000:]
+    assert shares.stderr.count("broken.jsonl:8: messages: a prompt has") == 1, shares.stderr[-5000:]
     ours = shares.stderr[: shares.stderr.index("torch/distributed/elastic")]  # then the launcher says its own
     assert "Traceback" not in ours
 

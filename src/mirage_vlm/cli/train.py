@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -21,6 +21,10 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Overrides, such as train.max_steps=50.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in output_dir.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="With --resume: though the recipe has changed.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; by default a GPU where torch finds one.", show_default=False)
+    ] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="Say what it takes of a card's memory, and train not.")
     ] = False,
@@ -29,25 +33,46 @@ def train(
     cards: Annotated[int, typer.Option(min=1, help="With --memory: cards that share the weights (FSDP2).")] = 1,
 ) -> None:
     """Train a model by a recipe."""
+    from mirage_vlm.training.recipe import load_recipe  # without torch, so that its faults are told at once
+
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        if force and not resume:
+            raise MirageError("--force goes on though the recipe has changed; give it together with --resume")
+        loaded = load_recipe(recipe, overrides or (), files=not memory)
+    except MirageError as fault:
+        if not first:
+            _leave_it_to_the_first(fault)
+        raise
+    if memory:
+        return _show_memory(loaded, tokens, labels, cards)
+    _check_launch()
     from mirage_vlm.rl.run import run_recipe
-    from mirage_vlm.training.recipe import load_recipe
     from mirage_vlm.training.shares import SharedFault
 
-    loaded = None
+    _quiet()
     try:
-        loaded = load_recipe(recipe, overrides or ())
-        if memory:
-            return _show_memory(loaded, tokens, labels, cards)
-        _check_launch()
-        final = run_recipe(loaded, resume=resume)
-    except MirageError as fault:  # of several processes on a machine the first speaks for all
-        common = loaded is None or isinstance(fault, SharedFault)
-        if common and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(10)  # a launcher ends all processes when one ends: let the first say why
-            raise typer.Exit(2) from fault
+        final = run_recipe(loaded, resume=resume, force=force, device=device)
+    except SharedFault as fault:
+        if not first:
+            _leave_it_to_the_first(fault)
         raise
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"the model is in {final}")
+
+
+def _leave_it_to_the_first(fault: MirageError) -> NoReturn:
+    """A launcher ends all processes of a machine when one ends: let the first say why."""
+    time.sleep(10)
+    raise typer.Exit(2) from fault
+
+
+def _quiet() -> None:
+    """No bars and hints of transformers': what a run says is in `mirage_vlm.training.telling`."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _show_memory(recipe: Recipe, tokens: int, labels: int, cards: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mirage_vlm.differences import differences, in_short
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat, to_record
 from mirage_vlm.trajectory import Decoding, Trajectory
@@ -115,22 +116,7 @@ class Kept:
             except (ValueError, KeyError, TypeError) as fault:
                 raise MirageError(f"{path}:{number}: is damaged; remove it or start over with --restart") from fault
             if number == 1 and (differing := list(differences(settings, self.settings))):
-                shown = "; ".join(differing[:3]) + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
                 raise MirageError(
-                    f"{path} was left by another evaluation ({shown}): repeat that one to finish it, remove it, or "
-                    "start over with --restart"
+                    f"{path} was left by another evaluation ({in_short(differing)}): repeat that one to finish "
+                    "it, remove it, or start over with --restart"
                 )
-
-
-def differences(there: Any, now: Any, field: str = "") -> Iterator[str]:
-    """What differs between two values of JSON, a line each: `generation.temperature is 0.7, was 0.0`."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        for key in {**there, **now}:
-            yield from differences(there.get(key), now.get(key), f"{field}.{key}" if field else key)
-    elif there != now:
-        yield f"{field} is {_shown(now)}, was {_shown(there)}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -19,11 +19,12 @@ import transformers
 
 from mirage_vlm import __version__
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
+from mirage_vlm.differences import differences
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.compare import items, load_results
 from mirage_vlm.evaluation.evaluate import Scored, evaluate, summarise, write_json
 from mirage_vlm.evaluation.hashes import data_sha256, examples_sha256, model_sha256
-from mirage_vlm.evaluation.kept import Kept, differences
+from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.evaluation.plots import check_figure, replacement_bars
 from mirage_vlm.evaluation.replace import replacement_test, summarise_replacements, verdict
 from mirage_vlm.formats import write_jsonl

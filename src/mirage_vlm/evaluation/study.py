@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.replace import REPLACEMENTS, chosen
 from mirage_vlm.evaluation.run import Settings, Source, plan, run_all
 from mirage_vlm.rl.run import run_recipe
-from mirage_vlm.settings import read_settings
+from mirage_vlm.settings import PATH, read_settings
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.make import DRAWN_AS, GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE
@@ -72,7 +72,7 @@ class Base:
     """A checkpoint that rows start from."""
 
     name: str
-    path: str
+    path: str = field(metadata=PATH)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Row:
     name: str
     base: str
     style: str
-    recipes: tuple[str, ...]
+    recipes: tuple[str, ...] = field(metadata=PATH)
     about: str = ""
     helper: str = "no"
     overrides: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ class Study:
         figure: names of the rows that its figure shows; none = all.
     """
 
-    output: str
+    output: str = field(metadata=PATH)
     bases: tuple[Base, ...]
     test: Test
     rows: tuple[Row, ...]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.names import POOLING_NAMES
 
 Pooling = Callable[[torch.Tensor, tuple[int, int], int], torch.Tensor]
 
@@ -199,7 +200,6 @@ POOLINGS: dict[str, Pooling] = {
     "full": full,
 }
 LEARNT: dict[str, type[nn.Module]] = {"resampler": Resampler}  # built with width and latent_size
-POOLING_NAMES = (*POOLINGS, *LEARNT)
 
 
 def build_pooling(name: str, width: int, latent_size: int) -> nn.Module:

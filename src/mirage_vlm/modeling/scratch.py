@@ -6,7 +6,6 @@ Used for the bundled model and for tests. Real checkpoints are loaded with `Late
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +17,9 @@ from transformers import (
 )
 
 from mirage_vlm.modeling.latent_vlm import LatentVLM
+from mirage_vlm.modeling.shape import ScratchConfig
+
+__all__ = ["SPECIAL_TOKENS", "ScratchConfig", "build", "train_tokenizer"]
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -39,35 +41,6 @@ CHAT_TEMPLATE = (
 
 # words with their leading space (numbered cells such as r3c2 stay whole), single signs, white space
 WORDS = Regex(r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]|\s+")
-
-
-@dataclass(frozen=True)
-class ScratchConfig:
-    """Shape of a small Qwen2.5-VL.
-
-    Attributes:
-        vocab_size: largest size of the tokenizer.
-        width, layers, heads, kv_heads, mlp: the decoder.
-        vision_width, vision_layers, vision_heads, vision_mlp: the vision tower, all layers with full attention.
-        patch: pixels of a patch side; a merged patch has twice that.
-        context: most tokens of an example.
-        rope_theta: base of the rotary frequencies. Time gets the highest sixteenth of them, rows the next eighth and
-            columns the rest: with Qwen's own shares, heads this narrow could not tell neighbouring columns apart.
-    """
-
-    vocab_size: int = 1024
-    width: int = 192
-    layers: int = 6
-    heads: int = 6
-    kv_heads: int = 3
-    mlp: int = 512
-    vision_width: int = 128
-    vision_layers: int = 3
-    vision_heads: int = 4
-    vision_mlp: int = 256
-    patch: int = 14
-    context: int = 2048
-    rope_theta: float = 10000.0
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

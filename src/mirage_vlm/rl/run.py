@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import set_seed
@@ -13,37 +14,32 @@ from mirage_vlm.rl.rewards import reward_of
 from mirage_vlm.tasks import faults
 from mirage_vlm.tasks.make import GeneratedDataset
 from mirage_vlm.training.cache_check import check_cache
-from mirage_vlm.training.checkpoints import METRICS_FILE, MetricsFile
+from mirage_vlm.training.checkpoints import MetricsFile
 from mirage_vlm.training.data import Examples, all_sources, open_all
+from mirage_vlm.training.folder import METRICS_FILE, alone, newest_checkpoint, write_recipe
 from mirage_vlm.training.recipe import Recipe
-from mirage_vlm.training.run import (
-    finish,
-    newest_checkpoint,
-    prepare_model,
-    training_arguments,
-    was_over,
-    write_recipe,
-)
+from mirage_vlm.training.run import prepare_model, run, training_arguments
 from mirage_vlm.training.run import train as train_on_data
 from mirage_vlm.training.shares import together
-from mirage_vlm.training.workers import in_one_line
+from mirage_vlm.training.telling import plan_of
 
 
-def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
+def run_recipe(recipe: Recipe, *, resume: bool = False, force: bool = False, device: str | None = None) -> Path:
     """Run a recipe of any stage; as `mirage_vlm.training.run.train`.
 
     Raises:
         MirageError: as that, or `train_by_rewards`.
     """
-    return (train_by_rewards if recipe.stage == "grpo" else train_on_data)(recipe, resume=resume)
+    by = train_by_rewards if recipe.stage == "grpo" else train_on_data
+    return by(recipe, resume=resume, force=force, device=device)
 
 
-def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Run a recipe of stage `grpo`.
+def train_by_rewards(recipe: Recipe, *, resume: bool = False, force: bool = False, device: str | None = None) -> Path:
+    """Run a recipe of stage `grpo`; arguments as for `mirage_vlm.training.run.train`.
 
     Raises:
-        MirageError: TRL is not there, or the data, the model, a reward or the output folder is not as the recipe needs
-            it.
+        MirageError: TRL is not there, the data, the model, a reward or the output folder is not as the recipe needs it,
+            another training writes there, or a step came out that is not finite.
     """
     try:
         from trl import GRPOConfig
@@ -58,6 +54,7 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
     arguments = training_arguments(
         recipe,
         GRPOConfig,
+        device,
         num_generations=rl.n,
         num_iterations=rl.updates,
         steps_per_generation=train_.accumulate,
@@ -71,33 +68,32 @@ def train_by_rewards(recipe: Recipe, *, resume: bool = False) -> Path:
         disable_dropout=True,  # which would make the engine and the trainer disagree
     )
     output = Path(recipe.output_dir)
-    with together(arguments.device):
-        last = newest_checkpoint(output, resume)
-        rewards = {each.name: (reward_of(each.name), each.weight) for each in rl.rewards}
-        examples = open_examples(recipe)
-        prompts = train_.batch_size * train_.accumulate * arguments.world_size // rl.n
-        if len(examples) < prompts:
-            raise MirageError(f"data: {len(examples)} examples do not make one step of {prompts} prompts")
-        set_seed(train_.seed)
-        vlm = prepare_model(recipe, examples)
-        check_prompts(vlm, examples)
-        if rl.latents == "reroll":
-            check_cache(vlm)
-    if arguments.process_index == 0:
-        write_recipe(recipe)
-    arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient
-    metrics = MetricsFile(output / METRICS_FILE, len(examples))
-    trainer = LatentGRPO(vlm, recipe, arguments, examples, rewards, callbacks=[metrics])
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise MirageError(
-            "stage grpo decodes from whole weights, which FSDP and DeepSpeed share out; launch it with DDP (or LoRA)"
-        )
-    if last is not None and was_over(recipe, last):
-        trainer.load_weights(last)  # the run was over
-    else:
-        with in_one_line():
-            trainer.train(resume_from_checkpoint=last)
-    return finish(trainer)
+    with ExitStack() as held:
+        with together(arguments.device):
+            if arguments.process_index == 0:
+                held.enter_context(alone(output))
+            last = newest_checkpoint(recipe, resume, force)
+            rewards = {each.name: (reward_of(each.name), each.weight) for each in rl.rewards}
+            examples = open_examples(recipe)
+            prompts = train_.batch_size * train_.accumulate * arguments.world_size // rl.n
+            if len(examples) < prompts:
+                raise MirageError(f"data: {len(examples)} examples do not make one step of {prompts} prompts")
+            set_seed(train_.seed)
+            vlm = prepare_model(recipe, examples)
+            check_prompts(vlm, examples)
+            if rl.latents == "reroll":
+                check_cache(vlm)
+            if arguments.process_index == 0:
+                write_recipe(recipe)
+        arguments.ddp_find_unused_parameters = True  # a batch without spans leaves the feedback without gradient
+        metrics = MetricsFile(output / METRICS_FILE, len(examples))
+        trainer = LatentGRPO(vlm, recipe, arguments, examples, rewards, callbacks=[metrics])
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise MirageError(
+                "stage grpo decodes from whole weights, which FSDP and DeepSpeed share out; launch it with DDP (or "
+                "LoRA)"
+            )
+        return run(trainer, last, plan_of(recipe, vlm, all_sources(recipe.data), examples))
 
 
 def open_examples(recipe: Recipe) -> Examples:

@@ -304,6 +304,7 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
             self._largest, self._entropy = 0.0, [0.0, 0.0]
             self._spent = dict.fromkeys(self._spent, 0.0)
             self._tokens = dict.fromkeys(self._tokens, 0)
+        self.watch.without_skipped(logs)
         super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:

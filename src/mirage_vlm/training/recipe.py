@@ -7,36 +7,15 @@ file, the line and the key. `key=value` overrides use dots: `train.max_steps=50 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import STOP_RULES, TARGETS
-from mirage_vlm.modeling.feedback import FEEDBACKS
-from mirage_vlm.modeling.pooling import POOLING_NAMES
-from mirage_vlm.modeling.scratch import ScratchConfig
-from mirage_vlm.settings import Where, read_settings
-from mirage_vlm.training.align import ALIGNMENTS
-from mirage_vlm.training.visibility import VISIBILITIES
-
-# of transformers, those that need no other settings
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-STAGES = ("sft", "stage1", "stage2", "grpo")
-LATENTS = ("replay", "reroll", "gaussian")
-SPANS = ("free", "required", "none")
-RL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
-SCALES = ("group", "batch", "none")
+from mirage_vlm.modeling.shape import ScratchConfig
+from mirage_vlm.settings import PATH, not_finite, read_settings
+from mirage_vlm.training.names import SCHEDULERS as SCHEDULERS
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class DataRecipe:
         repeat: how many times each example counts in an epoch, where sources are to be mixed.
     """
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     task: str | None = None
     levels: tuple[int, ...] | None = None
     n: int = 1000
@@ -88,7 +67,7 @@ class ModelRecipe:
         lora: train adapters instead of the weights.
     """
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     scratch: ScratchConfig | None = None
     tokenizer_data: tuple[DataRecipe, ...] = ()
     latent_size: int | None = None
@@ -146,6 +125,8 @@ class TrainRecipe:
         workers: processes that prepare batches.
         save_every: steps between checkpoints; `keep` of them are kept.
         report_to: the Trainer's loggers (`tensorboard`, `wandb`, …).
+        non_finite: what becomes of a step whose loss or gradient is not finite: `stop` ends the run, `skip` leaves the
+            weights as they are and goes on.
     """
 
     epochs: float = 1.0
@@ -166,13 +147,14 @@ class TrainRecipe:
     visibility: str = "full"
     own_share: tuple[float, ...] = (1.0, 1.0)
     latent_iterations: int = 0
-    feature_cache: str | None = None
+    feature_cache: str | None = field(default=None, metadata=PATH)
     keep_examples: float = 0.0
     workers: int = 0
     log_every: int = 10
     save_every: int = 500
     keep: int = 2
     report_to: tuple[str, ...] = ()
+    non_finite: str = "stop"
 
 
 @dataclass(frozen=True)
@@ -232,7 +214,7 @@ class Recipe:
     """
 
     stage: str
-    output_dir: str
+    output_dir: str = field(metadata=PATH)
     model: ModelRecipe
     data: tuple[DataRecipe, ...]
     loss: LossRecipe = field(default_factory=LossRecipe)
@@ -254,136 +236,21 @@ class Recipe:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key=value` overrides.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, files: bool = False) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides. Neither torch nor transformers is imported.
+
+    Args:
+        files: also look whether the data and the model that it names are there.
 
     Raises:
         MirageError: the file cannot be read, or a key or value is wrong; the message names file, line and key.
     """
+    from mirage_vlm.training.recipe_checks import check, check_files  # which reads the classes above
+
     recipe, where = read_settings(Recipe, path, overrides, "the recipe")
     check(recipe, where)
+    if (key := not_finite(recipe)) is not None:
+        raise MirageError(f"{where(key)}: {key}: must be a finite number")
+    if files:
+        check_files(recipe, where)
     return recipe
-
-
-def check(recipe: Recipe, where: Where) -> None:
-    """What types cannot say.
-
-    Raises:
-        MirageError: values do not go together; the message names the key and, by `where`, its place.
-    """
-
-    def require(holds: bool, key: str, message: str) -> None:
-        if not holds:
-            raise MirageError(f"{where(key)}: {key}: {message}")
-
-    def one_of(value: Any, key: str, choices: Sequence[str]) -> None:
-        require(value is None or value in choices, key, f"{value!r} is not one of {', '.join(choices)}")
-
-    model, train = recipe.model, recipe.train
-    one_of(recipe.stage, "stage", STAGES)
-    require((model.path is None) != (model.scratch is None), "model", "give one of path and scratch")
-    one_of(model.pooling, "model.pooling", POOLING_NAMES)
-    one_of(model.feedback, "model.feedback", list(FEEDBACKS))
-    one_of(model.stop_rule, "model.stop_rule", STOP_RULES)
-    one_of(model.target, "model.target", TARGETS)
-    one_of(recipe.loss.alignment, "loss.alignment", list(ALIGNMENTS))
-    for name in ("ce", "align", "align_stage2"):
-        require(getattr(recipe.loss, name) >= 0, f"loss.{name}", "must not be negative")
-    require(
-        not (recipe.loss.through_targets and model.freeze_vision),
-        "loss.through_targets",
-        "there is nothing to train with a frozen vision tower; set model.freeze_vision to false",
-    )
-    require(model.codes is None or model.codes > 0, "model.codes", "must be positive")
-    one_of(model.dtype, "model.dtype", ("float32", "bfloat16"))
-    require(model.latent_size is None or model.latent_size > 0, "model.latent_size", "must be positive")
-    require(bool(recipe.data), "data", "give at least one source")
-    for i, source in enumerate(recipe.data):
-        require((source.path is None) != (source.task is None), f"data[{i}]", "give one of path and task")
-        require(source.n > 0, f"data[{i}].n", "must be positive")
-        require(source.repeat > 0, f"data[{i}].repeat", "must be positive")
-    for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
-        require(getattr(train, name) > 0, f"train.{name}", "must be positive")
-    require(0 < train.learning_rate < math.inf, "train.learning_rate", "must be positive")
-    require(0 <= train.beta2 < 1, "train.beta2", "must be from 0 to below 1")
-    for name in ("weight_decay", "warmup", "max_grad_norm"):
-        require(0 <= getattr(train, name) < math.inf, f"train.{name}", "must not be negative")
-    require(train.max_steps > 0 or 0 < train.epochs < math.inf, "train.epochs", "must be positive, or train.max_steps")
-    one_of(train.scheduler, "train.scheduler", SCHEDULERS)
-    if train.report_to:
-        from transformers.integrations import INTEGRATION_TO_CALLBACK
-
-        for name in train.report_to:
-            one_of(name, "train.report_to", ["all", *INTEGRATION_TO_CALLBACK])
-    require(train.pack >= 0, "train.pack", "must be 0 (off) or the most tokens of a row")
-    require(train.keep_examples >= 0, "train.keep_examples", "must be 0 (none) or GiB")
-    require(train.workers >= 0, "train.workers", "must be 0 or more")
-    require(train.latent_iterations >= 0, "train.latent_iterations", "must be 0 (one latent after the other) or more")
-    require(
-        train.latent_iterations == 0 or recipe.stage == "stage2",
-        "train.latent_iterations",
-        f"only stage2 computes latents, {recipe.stage} does not; leave it out",
-    )
-    one_of(train.visibility, "train.visibility", VISIBILITIES)
-    require(
-        train.visibility == "full" or (recipe.stage != "sft" and train.pack == 0),
-        "train.visibility",
-        "hides pictures in stage1 and stage2 alone, and not from packed rows",
-    )
-    require(
-        train.visibility == "full" or "flash" not in (model.attn or ""),
-        "train.visibility",
-        "needs a mask for each pair of positions, which flash attention does not take; choose another model.attn",
-    )
-    key, shares = "train.own_share", list(train.own_share)
-    two = len(shares) == 2 and all(0 <= share <= 1 for share in shares)
-    require(two, key, f"must be two shares from 0 to 1, of the first and the last step, not {shares}")
-    require(not recipe.mixes or recipe.stage == "stage2", key, f"{recipe.stage} has no latents of its own")
-    require(
-        train.pack == 0 or recipe.stage != "stage2",
-        "train.pack",
-        "a rollout (stage2) aligns its rows by their spans and cannot be packed; leave it out",
-    )
-    require(
-        train.feature_cache is None or model.freeze_vision,
-        "train.feature_cache",
-        "features of a vision tower that is trained cannot be kept; set model.freeze_vision or leave it out",
-    )
-    check_rl(recipe, require, one_of)
-
-
-def check_rl(
-    recipe: Recipe, require: Callable[[bool, str, str], None], one_of: Callable[[Any, str, Sequence[str]], None]
-) -> None:
-    """The part of `check` that is of stage `grpo`."""
-    rl, train = recipe.rl, recipe.train
-    require((rl is not None) == (recipe.stage == "grpo"), "rl", "is what stage grpo needs, and no other has")
-    if rl is None:
-        return
-    one_of(rl.latents, "rl.latents", LATENTS)
-    one_of(rl.spans, "rl.spans", SPANS)
-    one_of(rl.loss, "rl.loss", RL_LOSSES)
-    one_of(rl.scale, "rl.scale", SCALES)
-    require(rl.n > 1, "rl.n", "the advantage is taken among the responses to a prompt; ask for two or more")
-    batch = train.batch_size * train.accumulate
-    require(batch % rl.n == 0, "train.batch_size", f"{batch} responses a step are not a multiple of rl.n = {rl.n}")
-    for name in ("temperature", "clip"):
-        require(getattr(rl, name) > 0, f"rl.{name}", "must be positive")
-    for name in ("max_new_tokens", "updates"):
-        require(getattr(rl, name) > 0, f"rl.{name}", "must be positive")
-    require(rl.kl >= 0, "rl.kl", "must not be negative")
-    require(bool(rl.rewards), "rl.rewards", "give at least one")
-    names = [reward.name for reward in rl.rewards]
-    require(len(set(names)) == len(names), "rl.rewards", "each reward counts once; add up the weights of the same ones")
-    require(all(math.isfinite(reward.weight) for reward in rl.rewards), "rl.rewards", "weights must be finite numbers")
-    whole = train.save_every % rl.updates == 0
-    require(whole, "train.save_every", "must be a multiple of rl.updates: a run resumes with new responses")
-    dropout = recipe.model.lora is not None and recipe.model.lora.dropout > 0
-    require(not dropout, "model.lora.dropout", "must be 0 in stage grpo, else engine and trainer would disagree")
-    require(recipe.loss == LossRecipe(), "loss", "is of the other stages; leave it out")
-    wants = rl.latents == "gaussian"
-    require((rl.latent_noise > 0) == wants, "rl.latent_noise", "must be positive with gaussian latents, and 0 without")
-    require(not (wants and rl.spans == "none"), "rl.latents", "there are no latents where rl.spans is none")
-    one_of(train.visibility, "train.visibility", ("full", "evict"))
-    for key, usual in (("train.pack", 0), ("train.keep_examples", 0.0), ("train.workers", 0)):
-        require(getattr(train, key.partition(".")[2]) == usual, key, "is of no use in stage grpo; leave it out")

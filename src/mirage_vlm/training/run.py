@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import resolve
@@ -26,7 +25,7 @@ from mirage_vlm.modeling.pooling import Targets
 from mirage_vlm.modeling.scratch import build
 from mirage_vlm.training.align import ALIGNMENTS, Alignment
 from mirage_vlm.training.cache_check import check_cache
-from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE, Checkpoints, MetricsFile
+from mirage_vlm.training.checkpoints import Checkpoints, MetricsFile
 from mirage_vlm.training.data import (
     Collator,
     Examples,
@@ -36,108 +35,132 @@ from mirage_vlm.training.data import (
     has_spans,
     open_all,
 )
+from mirage_vlm.training.folder import (
+    FINAL,
+    METRICS_FILE,
+    RECIPE_FILE,
+    alone,
+    clear,
+    newest_checkpoint,
+    write_recipe,
+    writing,
+)
 from mirage_vlm.training.losses import targets_of
 from mirage_vlm.training.recipe import LoraRecipe, ModelRecipe, Recipe
 from mirage_vlm.training.rollout import Batch
 from mirage_vlm.training.shares import together
+from mirage_vlm.training.telling import Plan, plan_of, speak
 from mirage_vlm.training.trainer import LatentTrainer
 from mirage_vlm.training.workers import in_one_line
 from mirage_vlm.trajectory import Image, Text
 
 A = TypeVar("A", bound=TrainingArguments)
-FINAL = "final"
 TOKENIZER_SAMPLE = 4000
 FIT_TARGETS, FIT_BATCH = 16_000, 64  # parts of targets that statistics are made of; examples looked at together
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> Path:
+def train(recipe: Recipe, *, resume: bool = False, force: bool = False, device: str | None = None) -> Path:
     """Run a recipe.
 
     Args:
         resume: go on from the newest checkpoint in `output_dir`; starts afresh where there is none.
+        force: go on though the recipe has changed.
+        device: `cpu` or `cuda`; by default a GPU where torch finds one.
 
     Returns:
         The folder of the final model, `output_dir/final`.
 
     Raises:
-        MirageError: the data, the model or the output folder is not as the recipe needs it.
+        MirageError: the data, the model or the output folder is not as the recipe needs it, another training writes
+            there, or a step came out that is not finite.
     """
-    arguments = training_arguments(recipe, TrainingArguments)  # joins the other processes, where there are any
+    arguments = training_arguments(recipe, TrainingArguments, device)  # joins the other processes, if there are any
     output = Path(recipe.output_dir)
-    with together(arguments.device):
-        last = newest_checkpoint(output, resume)
-        sources = all_sources(recipe.data)
-        examples = open_all(sources)
-        if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
-            raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
-        set_seed(recipe.train.seed)
-        vlm = prepare_model(recipe, examples)
-        for source, opened in zip(sources, examples.sources, strict=True):
-            check_examples(vlm.encoder, opened, source.path or f"task {source.task}", recipe.needs_targets)
-        alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
-        fit(vlm, alignment, examples, recipe, arguments.device)
-        if recipe.stage == "stage2":
-            check_cache(vlm)
-    if arguments.process_index == 0:
-        write_recipe(recipe)
-    # of these a process without pictures, or without spans, makes no gradient
-    sometimes = [p for part in (vlm.vision_tower, vlm.feedback, vlm.pooling) for p in part.parameters()]
-    arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
-    kept = Kept(examples, vlm.encoder, recipe.needs_targets, recipe.train.keep_examples * 2**30)
-    trainer = LatentTrainer(
-        vlm,
-        recipe,
-        arguments,
-        alignment,
-        train_dataset=kept if recipe.train.keep_examples else examples,
-        data_collator=Collator(
-            vlm.encoder,
-            targets=recipe.needs_targets,
-            pack=recipe.train.pack,
-            keys=vlm.feature_store is not None,
-        ),
-        callbacks=[MetricsFile(output / METRICS_FILE, len(examples))],
-    )
+    with ExitStack() as held:
+        with together(arguments.device):
+            if arguments.process_index == 0:
+                held.enter_context(alone(output))
+            last = newest_checkpoint(recipe, resume, force)
+            sources = all_sources(recipe.data)
+            examples = open_all(sources)
+            if recipe.stage == "sft" and any(has_spans(source) for source in examples.sources):
+                raise MirageError("stage sft trains on text alone, but the data has latent spans; use stage1 or stage2")
+            set_seed(recipe.train.seed)
+            vlm = prepare_model(recipe, examples)
+            for source, opened in zip(sources, examples.sources, strict=True):
+                check_examples(vlm.encoder, opened, source.path or f"task {source.task}", recipe.needs_targets)
+            alignment = ALIGNMENTS[recipe.loss.alignment]().to(vlm.device)
+            fit(vlm, alignment, examples, recipe, arguments.device)
+            if recipe.stage == "stage2":
+                check_cache(vlm)
+            if arguments.process_index == 0:
+                write_recipe(recipe)
+        # of these a process without pictures, or without spans, makes no gradient
+        sometimes = [p for part in (vlm.vision_tower, vlm.feedback, vlm.pooling) for p in part.parameters()]
+        arguments.ddp_find_unused_parameters = any(parameter.requires_grad for parameter in sometimes)
+        kept = Kept(examples, vlm.encoder, recipe.needs_targets, recipe.train.keep_examples * 2**30)
+        trainer = LatentTrainer(
+            vlm,
+            recipe,
+            arguments,
+            alignment,
+            train_dataset=kept if recipe.train.keep_examples else examples,
+            data_collator=Collator(
+                vlm.encoder,
+                targets=recipe.needs_targets,
+                pack=recipe.train.pack,
+                keys=vlm.feature_store is not None,
+            ),
+            callbacks=[MetricsFile(output / METRICS_FILE, len(examples))],
+        )
+        return run(trainer, last, plan_of(recipe, vlm, sources, examples))
+
+
+def run(trainer: Checkpoints, last: str | None, plan: Plan) -> Path:
+    """Train, and save the final model, a plain checkpoint; returns its folder.
+
+    Args:
+        last: the checkpoint to go on from.
+        plan: what is told before the first step.
+
+    Raises:
+        MirageError: a disk is full or cannot be written, a process that prepares batches ends, or a step is not finite.
+    """
+    recipe = trainer.recipe
+    output = Path(recipe.output_dir)
+    speak(trainer, plan)
+    if trainer.is_world_process_zero():
+        clear(output)
     if last is not None and was_over(recipe, last):
-        trainer.load_weights(last)  # the run was over; transformers would train one step more
+        trainer.load_weights(last)  # transformers would train one step more
     else:
         try:
-            with in_one_line():
+            with writing("what a training writes", output, full=True), in_one_line():
                 trainer.train(resume_from_checkpoint=last)
         finally:
             trainer.callback_handler.train_dataloader = None  # its worker processes end with it
+    trainer.watch.check_weights()
     trainer.collect()
-    return finish(trainer)
-
-
-def newest_checkpoint(output: Path, resume: bool) -> str | None:
-    """The checkpoint that a run goes on from.
-
-    Raises:
-        MirageError: there is one, and the run is not to go on.
-    """
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if last is not None and not resume:
-        raise MirageError(f"{output}: holds checkpoints of an earlier run; add --resume, or choose another output_dir")
-    return last
-
-
-def write_recipe(recipe: Recipe) -> None:
-    """Say in a run's folder what it is."""
-    output = Path(recipe.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECIPE_FILE).write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def finish(trainer: Checkpoints) -> Path:
-    """Save the final model of a run, a plain checkpoint; returns its folder."""
-    output = Path(trainer.recipe.output_dir)
     if trainer.is_world_process_zero():
         merge_adapters(trainer.vlm)
-        trainer.vlm.save_pretrained(output / FINAL)
-        shutil.copy(output / RECIPE_FILE, output / FINAL)
+        with writing("the final model", output):
+            _put_in_place(trainer, output / FINAL)
     trainer.accelerator.wait_for_everyone()
     return output / FINAL
+
+
+def _put_in_place(trainer: Checkpoints, final: Path) -> None:
+    """Write the final model and its recipe beside their place, and move them there when they are whole."""
+    staged = final.with_name(f".{final.name}")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        trainer.vlm.save_pretrained(staged)
+        shutil.copy(final.with_name(RECIPE_FILE), staged)
+        if final.exists():
+            shutil.rmtree(final)
+        staged.rename(final)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def was_over(recipe: Recipe, last: str | None) -> bool:
@@ -267,9 +290,14 @@ def merge_adapters(vlm: LatentVLM) -> None:
         setattr(vlm.model.get_submodule(parent), child, plain)
 
 
-def training_arguments(recipe: Recipe, kind: type[A], **more: Any) -> A:
-    """A recipe's `train` section in the Trainer's terms, with whatever else its arguments are to say."""
+def training_arguments(recipe: Recipe, kind: type[A], device: str | None = None, **more: Any) -> A:
+    """A recipe's `train` section in the Trainer's terms, with whatever else its arguments are to say.
+
+    Raises:
+        MirageError: there is no such device.
+    """
     train = recipe.train
+    use_cpu = not wants_gpu(device)
     arguments = kind(
         output_dir=recipe.output_dir,
         num_train_epochs=train.epochs,
@@ -293,11 +321,29 @@ def training_arguments(recipe: Recipe, kind: type[A], **more: Any) -> A:
         report_to=list(train.report_to) or "none",
         remove_unused_columns=False,
         label_names=["labels"],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=use_cpu,
+        dataloader_pin_memory=not use_cpu,
+        logging_nan_inf_filter=False,  # which writes another loss in the place of what is not finite; see `Watch`
+        disable_tqdm=True,
         **more,
     )
     return on_one_card(arguments)
+
+
+def wants_gpu(device: str | None) -> bool:
+    """Whether to train on a GPU: where torch finds one, unless the CPU is named.
+
+    Raises:
+        MirageError: there is no such device.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise MirageError(
+            f"--device: {device!r} is not one of cpu, cuda; which cards are used is said by CUDA_VISIBLE_DEVICES"
+        )
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise MirageError("--device: torch finds no CUDA device here; leave it out to train on the CPU")
+    return there and device != "cpu"
 
 
 def on_one_card(arguments: A) -> A:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.encoding import IGNORED
 from mirage_vlm.modeling.latent_vlm import LatentVLM
 from mirage_vlm.training.align import Alignment, Cosine
@@ -21,7 +22,7 @@ from mirage_vlm.training.in_step import Needs, counted, make_up, needs_of
 from mirage_vlm.training.losses import StageLoss, stage1, stage2
 from mirage_vlm.training.recipe import Recipe
 from mirage_vlm.training.rollout import Batch
-from mirage_vlm.training.shares import ShareCollator, Shares, together
+from mirage_vlm.training.shares import ShareCollator, SharedFault, Shares, together
 from mirage_vlm.training.workers import in_one_line
 
 STAGE_LOSSES: dict[str, Callable[..., StageLoss]] = {"sft": stage1, "stage1": stage1, "stage2": stage2}
@@ -91,6 +92,8 @@ class LatentTrainer(Checkpoints):
         self.take(vlm, recipe)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, over the whole step
         self._sums: torch.Tensor | None = None  # of SUMS since the last log, of this process
+        self._begun = False  # a first step has been looked at
+        self._step_sums: torch.Tensor | None = None  # the same of the step that is under way
 
     # -- loss --------------------------------------------------------------------------------------------------
 
@@ -121,7 +124,14 @@ class LatentTrainer(Checkpoints):
             ],
             device=device,
         )
-        return self.accelerator.reduce(counts, reduction="sum") if self.args.world_size > 1 else counts
+        several = self.args.world_size > 1
+        counts = self.accelerator.reduce(counts, reduction="sum") if several else counts
+        if not self._begun:
+            self._begun = True
+            if not bool(counts.any()):
+                message = "the first step has neither a token with a label nor a latent, so nothing is learnt of it"
+                raise (SharedFault if several else MirageError)(f"data: {message}; look at the responses")
+        return counts
 
     def compute_loss(
         self,
@@ -148,8 +158,20 @@ class LatentTrainer(Checkpoints):
         loss = weighted(found["ce_sum"], found["align_sum"]).float()
         if found["ce_sum"].dtype != torch.float32:
             loss = loss + (weighted(*sums[:2]) - loss).detach().float()  # the value before it was rounded
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         return (loss, found) if return_outputs else loss
+
+    def terms(self) -> dict[str, torch.Tensor]:
+        if self._step_sums is None:
+            return {}
+        ce, align = self._step_sums[:2]
+        return {"the cross-entropy (ce)": ce} | ({"the alignment (align)": align} if self.recipe.needs_targets else {})
+
+    def step_ends(self, taken: bool) -> None:
+        super().step_ends(taken)
+        if taken and self._step_sums is not None:
+            self._sums = self._step_sums if self._sums is None else self._sums + self._step_sums
+        self._step_sums = None
 
     def _own_share(self) -> float:
         """The chance of a latent to be the model's own, at the current step."""
@@ -167,6 +189,7 @@ class LatentTrainer(Checkpoints):
             logs["token_accuracy"] = sums["correct"] / max(sums["tokens"], 1)
             logs["tokens"] = sums["tokens"]
             logs["latents"] = sums["latents"]
+        self.watch.without_skipped(logs)
         super().log(logs, start_time)
 
     # -- order of the data -------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ import torch
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
-VISIBILITIES = ("full", "bottleneck", "evict")
-
 
 def blind_positions(vlm: LatentVLM, input_ids: torch.Tensor, visibility: str) -> torch.Tensor | None:
     """[B, T] ids → [B, T] positions that do not see the pictures; None where all see everything."""
