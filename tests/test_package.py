@@ -26,6 +26,7 @@ FLOORS = {
     "errors": 0,
     "settings": 0,
     "dotted": 0,
+    "pictures": 0,
     "trajectory": 0,
     "formats": 0,
     "tasks": 1,

@@ -234,9 +234,7 @@ def picture(source: Any) -> Image:
         source = next((source[name] for name in ("bytes", "path", "url") if source.get(name)), None)
     if isinstance(source, bytes):
         return from_bytes(source)
-    if isinstance(source, str):
-        return Image(source.removeprefix("file://"))
-    if isinstance(source, PIL.Image.Image | Path):
+    if isinstance(source, PIL.Image.Image | Path | str):
         return Image(source)
     raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
 
