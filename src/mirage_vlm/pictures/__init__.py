@@ -4,7 +4,7 @@
 - What is transparent, or half so, lies on white: an alpha channel as well as a colour that a file declares transparent.
 - Grey of more than 8 bits keeps its range: white is 65535 in the modes I;16. Modes I and F, and arrays, say nothing of
   their white, so it goes by the values: whole numbers up to 255 or up to 65535, fractions up to 1 or up to 255. Where
-  that is in doubt the picture is refused.
+  that is in doubt (negative values, larger ones, or so small ones that all would be black) the picture is refused.
 - CMYK, YCbCr, HSV, palettes and black and white as Pillow converts them; LAB by its colour management.
 - Only files are opened: a named pipe or a device would block, or never end.
 """

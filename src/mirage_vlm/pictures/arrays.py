@@ -27,11 +27,14 @@ def eight_bits(values: NDArray[Any], name: str, white: int | None = None) -> NDA
     if not whole and not np.isfinite(values).all():
         raise ValueError(f"its {name} has values that are not finite; convert it to 8 bits")
     low, high = float(values.min()), float(values.max())
+    doubtful = False  # so far below the white that they would have that they would be black
     if white is None and whole:
         white = 255 if high <= 255 else 65535
+        doubtful = white == 65535 and high < 4096
     elif white is None:
         white = 1 if high <= 1 + NEAR else 255
-    if low < -white * NEAR or high > white * (1 + NEAR) or (not whole and white == 255 and high < 2):
+        doubtful = white == 255 and high < 2
+    if doubtful or low < -white * NEAR or high > white * (1 + NEAR):
         ranges = "0 to 255 and 0 to 65535" if whole else "0 to 1 and 0 to 255"
         raise ValueError(
             f"its {name} has values from {low:g} to {high:g}, of which nobody says what is white ({ranges} are known); "

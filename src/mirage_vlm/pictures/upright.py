@@ -24,6 +24,7 @@ TURNS = {
 LYING = (5, 6, 7, 8)  # orientations in which width and height change places
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")  # modes that Pillow converts to RGB
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+KEYED = ("1", "L", "RGB", "I", "I;16")  # modes in which one colour may be transparent
 KEY_SCALES = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # of a PNG's samples to Pillow's pixels
 
 
@@ -33,16 +34,21 @@ def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: it has no pixels, or a mode or values that are not understood.
     """
-    if 0 in picture.size:
-        raise ValueError(f"a picture of {picture.width} x {picture.height} has no pixels")
+    _check_size(picture)
     samples = _samples(picture)  # which Pillow forgets as it loads
     inverted = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0
     picture.load()
     plain = _rgb(picture, samples, inverted)
-    turn = TURNS.get(_orientation(picture))
-    plain = plain if turn is None else plain.transpose(turn)
+    if not isinstance(picture, PIL.TiffImagePlugin.TiffImageFile):  # which Pillow has turned as it was loaded
+        turn = TURNS.get(_orientation(picture))
+        plain = plain if turn is None else plain.transpose(turn)
     plain.info = {}
     return plain
+
+
+def _check_size(picture: PIL.Image.Image) -> None:
+    if 0 in picture.size:
+        raise ValueError(f"a picture of {picture.width} x {picture.height} has no pixels")
 
 
 def _orientation(picture: PIL.Image.Image) -> int:
@@ -112,7 +118,9 @@ def _rgb(picture: PIL.Image.Image, samples: str, inverted: bool) -> PIL.Image.Im
     if not deep and mode not in PLAIN:
         raise ValueError(f"its mode, {mode}, is not understood; save it in RGB or L")
     plain = _from_deep(picture, samples, inverted) if deep else picture.convert("RGB")
-    return plain if key is None or mode not in ("1", "L", "RGB", "I;16") else _without(plain, picture, key, samples)
+    return (
+        plain if key is None or mode not in ("1", "L", "RGB", "I", "I;16") else _without(plain, picture, key, samples)
+    )
 
 
 def _palette_mode(picture: PIL.Image.Image) -> str:
@@ -157,10 +165,11 @@ def _from_deep(picture: PIL.Image.Image, samples: str, inverted: bool) -> PIL.Im
 
 def upright_size(picture: PIL.Image.Image) -> tuple[int, int]:
     """(width, height) of a picture when it is upright; of one that is not loaded yet only the head is read."""
+    _check_size(picture)
     width, height = picture.size
     if not isinstance(picture, PIL.TiffImagePlugin.TiffImageFile):
         return (height, width) if _orientation(picture) in LYING else (width, height)
-    turned = picture.tag_v2.get(ORIENTATION)  # Pillow turns a TIFF by itself as it is loaded, and forgets this then
+    turned = picture.tag_v2.get(ORIENTATION)  # which newer versions of Pillow forget as they turn it
     if turned is not None:
         width, height = picture.tag_v2[256], picture.tag_v2[257]
     return (height, width) if turned in LYING else (width, height)

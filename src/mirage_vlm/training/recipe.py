@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import STOP_RULES, TARGETS
+from mirage_vlm.modeling.config import LIMITS, STOP_RULES, TARGETS
 from mirage_vlm.modeling.feedback import FEEDBACKS
 from mirage_vlm.modeling.pooling import POOLING_NAMES
 from mirage_vlm.modeling.scratch import ScratchConfig
@@ -80,8 +80,8 @@ class ModelRecipe:
         path: a checkpoint folder or hub name, or `bundled`; latent tokens are added where it has none.
         scratch: sizes of a small model to start from nothing, instead of `path`.
         tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
-        latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale: as in `LatentConfig`; None keeps
-            the checkpoint's.
+        latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale, min_pixels, max_pixels: as in
+            `LatentConfig`; None keeps the checkpoint's.
         attn: attention implementation of transformers; None leaves it to transformers.
         dtype: `float32` or `bfloat16`, of the weights.
         freeze_vision: keep the vision tower as it is.
@@ -99,6 +99,8 @@ class ModelRecipe:
     places: bool | None = None
     stop_rule: str | None = None
     image_scale: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     attn: str | None = None
     dtype: str = "float32"
     freeze_vision: bool = True
@@ -297,6 +299,10 @@ def check(recipe: Recipe, where: Where) -> None:
     require(model.codes is None or model.codes > 0, "model.codes", "must be positive")
     one_of(model.dtype, "model.dtype", ("float32", "bfloat16"))
     require(model.latent_size is None or model.latent_size > 0, "model.latent_size", "must be positive")
+    limits = {name: limit for name in LIMITS if (limit := getattr(model, name)) is not None}
+    for name, limit in limits.items():
+        require(limit > 0, f"model.{name}", "must be positive")
+    require(list(limits.values()) == sorted(limits.values()), "model.min_pixels", "is above model.max_pixels")
     require(bool(recipe.data), "data", "give at least one source")
     for i, source in enumerate(recipe.data):
         require((source.path is None) != (source.task is None), f"data[{i}]", "give one of path and task")
