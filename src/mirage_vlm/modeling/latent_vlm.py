@@ -43,9 +43,9 @@ class LatentVLM(Pretrained):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.image_processor = limited(image_processor, config)
         self.config = config
         self.family = family_of(model.config)
+        self.image_processor = limited(image_processor, config)
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         stops = () if tokenizer is None else tuple(sorted(self.stop_ids()))
         self.encoder = Encoder(tokenizer, self.image_processor, config, self.family, stops)
