@@ -58,7 +58,7 @@ def test_they_hold_for_helper_images_and_what_is_said_of_spans(saved):
     span = LatentSpan(helper=Image(LARGE), k=5)
     example = Trajectory((user_turn("Go"), assistant_turn(span)))
     for refuse in (lambda: vlm.encoder.check_span(span, example), lambda: vlm.encoder.example(example)):
-        with pytest.raises(MirageError, match="5.*4"):
+        with pytest.raises(MirageError, match=r"5.*4"):
             refuse()
     vlm.encoder.check_span(replace(span, k=4), example)
     LatentVLM.from_pretrained(saved).encoder.check_span(span, example)
@@ -133,7 +133,7 @@ def test_numbers_that_are_none(saved, name, value):
 
 
 def test_a_least_above_the_most(saved):
-    with pytest.raises(MirageError, match="min_pixels is 1000, above max_pixels, which is 900$"):
+    with pytest.raises(MirageError, match=r"min_pixels is 1000, above max_pixels, which is 900$"):
         LatentVLM.from_pretrained(saved, min_pixels=1000, max_pixels=900)
     with pytest.raises(MirageError, match=r"min_pixels is 300000, above .* 200704; .* has max_pixels=200704"):
         LatentVLM.from_pretrained(saved, min_pixels=300_000)
