@@ -28,6 +28,7 @@ FLOORS = {
     "strict_yaml": 0,
     "differences": 0,
     "dotted": 0,
+    "pictures": 0,
     "trajectory": 0,
     "formats": 0,
     "tasks": 1,

@@ -7,10 +7,7 @@ written by `mirage_vlm.formats`.
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import PIL.Image
 
+from mirage_vlm import pictures
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture, given as a path, an http(s) or data URL, a PIL image, or a function that draws it.
+    """A picture: a path, a file, http(s) or data URL, a PIL image, an array, a file's bytes, or a function that draws.
 
     Drawing functions keep synthetic data sets small: nothing is rendered before `load` is called.
 
@@ -48,46 +46,30 @@ class Image:
             learns to say at that patch's position. Each must be a single token.
     """
 
-    source: str | Path | PIL.Image.Image | Callable[[], PIL.Image.Image]
+    source: pictures.Source
     reading: tuple[str, ...] | None = None
 
     def load(self) -> PIL.Image.Image:
-        """The picture in RGB.
+        """The picture as people see it: upright, in RGB, on white where it is transparent; see `mirage_vlm.pictures`.
 
         Raises:
-            MirageError: it cannot be found, fetched or decoded.
+            MirageError: it cannot be found, fetched or decoded, or is of a kind that is not understood.
         """
-        return self._guarded(lambda: self._open().convert("RGB"))
+        return self._guarded(lambda: pictures.load(self.source))
 
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels; of a file only the head is read.
+        """(width, height) in pixels of the upright picture; of a file only the head is read.
 
         Raises:
             MirageError: as `load`.
         """
-        return self._guarded(lambda: self._open().size)
+        return self._guarded(lambda: pictures.size(self.source))
 
     def _guarded(self, read: Callable[[], T]) -> T:
         try:
             return read()
         except (OSError, ValueError, http.client.HTTPException, PIL.Image.DecompressionBombError) as fault:
             raise MirageError(f"cannot read the picture {self}: {fault}") from fault
-
-    def _open(self) -> PIL.Image.Image:
-        source = self.source
-        if isinstance(source, PIL.Image.Image):
-            return source
-        if callable(source):
-            return source()
-        if isinstance(source, str) and source.startswith("data:"):
-            head, _, payload = source.partition(",")
-            if not head.endswith(";base64"):
-                raise ValueError("a data URL must be base64")
-            return PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)))
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(source, timeout=30) as reply:
-                return PIL.Image.open(io.BytesIO(reply.read()))
-        return PIL.Image.open(source)
 
     def __str__(self) -> str:
         if isinstance(self.source, str | Path):
@@ -204,11 +186,43 @@ class Trajectory:
         return replace(self, messages=messages, decoding=decoding)
 
 
-def user_turn(*segments: Segment | str) -> Message:
-    """A user message; strings become text."""
-    return Message("user", tuple(Text(part) if isinstance(part, str) else part for part in segments))
+Part = Segment | pictures.Source
+"""What a turn may be made of: segments, strings (text), and pictures that are given as they are."""
 
 
-def assistant_turn(*segments: Segment | str) -> Message:
-    """An assistant message; strings become text."""
-    return Message("assistant", tuple(Text(part) if isinstance(part, str) else part for part in segments))
+def user_turn(*parts: Part) -> Message:
+    """A user message. Strings become text; PIL pictures, arrays, paths and the bytes of a picture file become pictures.
+
+    Raises:
+        MirageError: a part is none of these.
+    """
+    return Message("user", tuple(_segment(part, "user_turn") for part in parts))
+
+
+def assistant_turn(*parts: Part) -> Message:
+    """An assistant message, as `user_turn`.
+
+    Raises:
+        MirageError: a part is none of these.
+    """
+    return Message("assistant", tuple(_segment(part, "assistant_turn") for part in parts))
+
+
+def _segment(part: Any, turn: str) -> Segment:
+    if isinstance(part, Text | Image | LatentSpan):
+        return part
+    if isinstance(part, str):
+        return Text(part)
+    if isinstance(part, PIL.Image.Image | Path | bytes):
+        return Image(part)
+    if isinstance(part, bytearray | memoryview):
+        return Image(bytes(part))
+    if pictures.is_array(part):
+        try:
+            return Image(pictures.from_array(part))
+        except ValueError as fault:
+            raise MirageError(f"{turn}: {fault}") from fault
+    raise MirageError(
+        f"{turn} takes text, pictures and latent spans, not {type(part).__name__}: "
+        f'{turn}(Image("map.png"), "Which way?")'
+    )

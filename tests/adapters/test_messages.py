@@ -56,6 +56,9 @@ def test_arguments_are_read_from_values_of_a_harness():
         ("pretrained=a,max_rows=none", "model argument 'max_rows' must be int, not 'none'"),
         ("pretrained=a,compile=maybe", "model argument 'compile' must be true or false, not 'maybe'"),
         ("pretrained=a,max_rows=0", "max_rows must be positive: 0"),
+        ("pretrained=a,max_pixels=0", "max_pixels must be a whole number of at least 1, not 0"),
+        ("pretrained=a,min_pixels=x", "model argument 'min_pixels' must be int, not 'x'"),
+        ("pretrained=a,min_pixels=9,max_pixels=8", "min_pixels is 9, above max_pixels, which is 8"),
         ("pretrained=a,stop_rule=never", "unknown stop rule 'never'"),
     ],
 )
@@ -67,6 +70,12 @@ def test_wrong_arguments_are_named(text, message):
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(MirageError, match="nowhere"):
         ModelArgs(str(tmp_path / "nowhere"), device="cpu").load()
+
+
+def test_limits_of_pixels_are_handed_on(monkeypatch):
+    monkeypatch.setattr(LatentVLM, "from_pretrained", lambda path, **known: known)
+    assert ModelArgs.parse("pretrained=a,device=cpu,max_pixels=50176").load()["max_pixels"] == 50176
+    assert "max_pixels" not in ModelArgs("a", device="cpu").load(), "the checkpoint's"
 
 
 @pytest.mark.parametrize(

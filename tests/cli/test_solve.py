@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 
+from mirage_vlm.cli.options import load_model
+from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks.base import boxed
 from mirage_vlm.tasks.frozenlake import Maze
-from mirage_vlm.tasks.render import draw_maze
+from mirage_vlm.tasks.render import draw_maze, resize_cells
+from mirage_vlm.trajectory import Image, Trajectory
 
 ROWS = ["SFF", "FHF", "FFG"]
 PARITY = Path(__file__).parent.parent / "data" / "parity" / "a"
+CASES = Path(__file__).parent.parent / "data" / "cases"
+
+# how a picture has to lie in a file that says it is to be turned so
+TURN = PIL.Image.Transpose
+BACK = {
+    2: TURN.FLIP_LEFT_RIGHT,
+    3: TURN.ROTATE_180,
+    4: TURN.FLIP_TOP_BOTTOM,
+    5: TURN.TRANSPOSE,
+    6: TURN.ROTATE_90,
+    7: TURN.TRANSVERSE,
+    8: TURN.ROTATE_270,
+}
 
 
 @pytest.fixture
@@ -77,7 +97,56 @@ def test_eval_writes_results(tmp_path):
     assert span["latents"]["shape"][0] == 4
 
 
+def test_a_map_as_a_phone_or_another_program_saves_it_has_the_same_plan(tmp_path):
+    grey = np.asarray(PIL.Image.open(CASES / "map-grey.png"))
+    PIL.Image.fromarray(grey / np.float32(255)).save(tmp_path / "map-float.tif")
+    plain = Image(CASES / "map.png").load()
+    files = {
+        "map.png": "map.png",
+        "map-exif6.png": "map.png",
+        "map-exif6.jpg": "map.png",
+        "map-grey.png": "map-grey.png",
+    }
+    files |= {"map-16bit.png": "map-grey.png", "map-alpha.png": "map-alpha.png"}
+    sources = {name: CASES / name for name in files} | {"map-float.tif": tmp_path / "map-float.tif"}
+    for orientation in range(1, 9):
+        for kind in ("png", "webp", "tiff"):
+            exif = PIL.Image.Exif()
+            exif[0x0112] = orientation
+            lying = plain.transpose(BACK[orientation]) if orientation > 1 else plain
+            name = f"map-{orientation}.{kind}"
+            lying.save(tmp_path / name, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+            sources[name] = tmp_path / name
+    vlm = load_model("bundled")
+    prompts = [
+        Trajectory(get_task("vsp-planning").prompt(Image(resize_cells(Image(source).load())), "cot"))
+        for source in sources.values()
+    ]
+    found = dict(zip(sources, (answer.text for answer in vlm.generate(prompts)), strict=True))
+    for name, text in found.items():
+        assert boxed(text) == boxed(found[files.get(name, "map.png")]), name
+    assert found["map-16bit.png"] == found["map-float.tif"] == found["map-grey.png"]
+    assert len({found[name] for name in found if name[4].isdigit() and "bit" not in name} | {found["map.png"]}) == 1
+    assert boxed(found["map.png"]) == "D,R"
+
+
+def test_solve_takes_urls_and_limits(picture):
+    plain = json.loads(mirage("solve", picture, "--json").stdout)
+    assert json.loads(mirage("solve", picture.as_uri(), "--json").stdout) == plain
+    limits = ("--min-pixels", 784, "--max-pixels", 200704)
+    assert json.loads(mirage("solve", picture, "--json", *limits).stdout) == plain, "they are the checkpoint's own"
+    assert json.loads(mirage("solve", picture, "--json", "--max-pixels", 784).stdout) != plain, "one patch"
+    assert "max_pixels must be a whole number of at least 1, not 0" in refusal("solve", picture, "--max-pixels", 0)
+    assert "min_pixels is 9, above max_pixels, which is 8" in refusal(
+        "solve", picture, "--min-pixels", 9, "--max-pixels", 8
+    )
+
+
 def test_bad_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe: is a named pipe, not a picture file" in refusal("solve", tmp_path / "pipe")
+    assert "is a folder, not a picture file" in refusal("solve", tmp_path)
+    assert "a file URL of another machine" in refusal("solve", "file://elsewhere/map.png")
     broken, oblong = tmp_path / "broken.png", tmp_path / "oblong.png"
     broken.write_bytes(b"\x89PNG not really")
     draw_maze(Maze.from_rows(ROWS)).crop((0, 0, 100, 64)).save(oblong)

@@ -255,6 +255,21 @@ def test_the_fields_of_results(tiny, saved, examples, tmp_path):
         assert 0 <= low <= found[f"{kind}_rate"] <= high <= 1
 
 
+def test_limits_of_pixels_are_among_the_settings(tiny, saved, examples, tmp_path):
+    source = [Source({"task": "one"}, examples[:1]), Source({"task": "two"}, examples[:1])]
+    runs = plan([str(saved)], source, tmp_path / "out")
+    limited = settings(replacements=(), pictures={"min_pixels": None, "max_pixels": 12544})
+    found = list(run_all(runs, limited, lambda _: tiny))
+    assert [results["pictures"] for results in found] == [{"max_pixels": 12544}] * 2
+    assert [timeless(results) for results in run_all(runs, limited, lambda _: pytest.fail("not again"))] == [
+        timeless(results) for results in found
+    ]
+    with pytest.raises(MirageError, match=r"holds another evaluation \(pictures is null, was"):
+        list(run_all(runs, settings(replacements=()), lambda _: tiny))
+    (plain,) = run_all(runs[:1], settings(replacements=()), lambda _: tiny)
+    assert "pictures" not in plain
+
+
 def test_examples_are_told_apart_by_their_hash(tiny, examples, tmp_path):
     def sha(chosen):
         place = Run("no/such-model", Source({"task": "made"}, chosen))
@@ -359,6 +374,8 @@ def test_what_the_command_refuses(tmp_path, capsys, monkeypatch):
     assert "vsp-planning is named twice" in refused(capsys, *planning, *planning)
     assert "planning.jsonl is named twice" in refused(capsys, "--data", maps, "--data", VSP / ".." / "vsp" / maps.name)
     assert "--model: bundled is named twice" in refused(capsys, *planning, "--model", "bundled", "--model", "bundled")
+    for wrong in (("--min-pixels", 0), ("--max-pixels", -1), ("--min-pixels", 900, "--max-pixels", 800)):
+        assert "min_pixels" in (error := refused(capsys, *planning, *wrong)) or "max_pixels must be" in error
     several = [*planning, "--data", maps]
     assert "--out: " in (error := refused(capsys, *several, "--out", file)) and "2 evaluations" in error
     assert "--out: " in (error := refused(capsys, *planning, "--out", folder)) and "is a folder" in error

@@ -11,7 +11,8 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.study import load_study
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.feedback import FEEDBACKS
-from mirage_vlm.training.recipe import SCHEDULERS, LoraRecipe, Recipe, load_recipe
+from mirage_vlm.training.recipe import SCHEDULERS, LoraRecipe, ModelRecipe, Recipe, load_recipe
+from mirage_vlm.training.run import prepare_model
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # those are accelerate's
@@ -78,6 +79,18 @@ def test_every_shipped_study_loads(path, monkeypatch):
 
 def test_there_are_recipes():
     assert RECIPES
+
+
+def test_limits_of_pixels_reach_the_model_and_its_checkpoint(write, tmp_path):
+    path = write(SMALL)
+    changes = ["model.path=bundled", "model.min_pixels=1568", "model.max_pixels=12544", "data=[{task: vsp-planning}]"]
+    recipe = load_recipe(path, changes)
+    vlm = prepare_model(recipe, [])
+    assert vlm.image_processor.size["shortest_edge"] == 1568 and vlm.image_processor.size["longest_edge"] == 12544
+    vlm.save_pretrained(tmp_path / "final")
+    again = prepare_model(dataclasses.replace(recipe, model=ModelRecipe(path=str(tmp_path / "final"))), [])
+    assert (again.config.min_pixels, again.config.max_pixels) == (1568, 12544)
+    assert again.image_processor.size["longest_edge"] == 12544
 
 
 def test_a_recipe_survives_being_saved(write):
@@ -192,6 +205,12 @@ def test_missing_keys(write):
         ("data=[{path: a}, {}]", "data[1]: give one of path and task"),
         ("data=[{path: a, task: vsp-planning}]", "data[0]: give one of path and task"),
         ("data=[{task: vsp-planning, n: 0}]", "data[0].n: must be positive"),
+        ("model.min_pixels=0", "model.min_pixels: must be positive"),
+        ("model.max_pixels=-784", "model.max_pixels: must be positive"),
+        ("model.max_pixels=many", "model.max_pixels: expected int, got 'many'"),
+        ("model.max_pixels=true", "model.max_pixels: expected int, got True"),
+        ("model.min_pixels=1.5", "model.min_pixels: expected int, got 1.5"),
+        ("model={path: x, min_pixels: 900, max_pixels: 800}", "model.min_pixels: is above model.max_pixels"),
         ("train.batch_size=0", "train.batch_size: must be positive"),
         ("train.save_every=-1", "train.save_every: must be positive"),
         ("train.keep=0", "train.keep: must be positive"),

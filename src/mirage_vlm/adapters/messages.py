@@ -20,6 +20,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.formats.pictures import from_bytes
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import resolve
+from mirage_vlm.modeling.config import LIMITS, check_limits
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
 DECODING = {"max_spans", "max_latents", "stop_rule", "evict_images", "latent_size", "latent_noise", "top_k", "top_p"}
@@ -39,6 +40,7 @@ class ModelArgs:
         device: `cuda` takes the process's own card where there are several; None takes a card if there is one.
         dtype: of the weights; `auto` keeps the checkpoint's.
         attn: attention implementation of transformers.
+        min_pixels, max_pixels: limits of the image processor; None takes the checkpoint's.
         max_rows, max_batch_tokens, cache_dtype, native, compile: as in `EngineConfig`.
         latents: k of a span; None takes the checkpoint's.
         stop_rule, max_spans, max_latents, evict_images: as in `GenerationConfig`.
@@ -57,6 +59,8 @@ class ModelArgs:
     device: str | None = None
     dtype: str = "auto"
     attn: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     max_rows: int = 64
     max_batch_tokens: int | None = None
     cache_dtype: str | None = None
@@ -94,6 +98,7 @@ class ModelArgs:
             if item.default is MISSING and item.name not in given:
                 raise MirageError(f"the model argument {item.name!r} is missing: give {item.name}=PATH")
         args = cls(**{name: _value(f"model argument {name!r}", hints[name], value) for name, value in given.items()})
+        check_limits(args.min_pixels, args.max_pixels)
         args.engine(), generation(args, {})  # whose own checks are to come before a model is loaded
         return args
 
@@ -134,7 +139,10 @@ class ModelArgs:
                 raise MirageError(f"model argument 'device': {name!r} is not there; CUDA devices found: {cards}")
             if name == "cuda":  # one card a process
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % cards)
-        return LatentVLM.from_pretrained(resolve(self.pretrained), device=device, dtype=self.dtype, attn=self.attn)
+        limits = {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+        return LatentVLM.from_pretrained(
+            resolve(self.pretrained), device=device, dtype=self.dtype, attn=self.attn, **limits
+        )
 
 
 def generation(args: ModelArgs, wanted: Mapping[str, Any], *names: object) -> tuple[GenerationConfig, tuple[str, ...]]:
@@ -234,9 +242,7 @@ def picture(source: Any) -> Image:
         source = next((source[name] for name in ("bytes", "path", "url") if source.get(name)), None)
     if isinstance(source, bytes):
         return from_bytes(source)
-    if isinstance(source, str):
-        return Image(source.removeprefix("file://"))
-    if isinstance(source, PIL.Image.Image | Path):
+    if isinstance(source, PIL.Image.Image | Path | str):
         return Image(source)
     raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar, untold_note
+from mirage_vlm.cli.options import (
+    MaxPixels,
+    MinPixels,
+    levels_of,
+    load_model,
+    new_table,
+    open_sources,
+    progress_bar,
+    untold_note,
+)
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -45,6 +54,8 @@ def evaluate(
         int | None, typer.Option(help="Most positions in the key-value cache; half of the free memory by default.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the decode step; pays in long runs.")] = False,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write results.json here; with several models or data, a folder for them.")
@@ -79,8 +90,10 @@ def evaluate(
     from mirage_vlm.evaluation.refusals import count_untold
     from mirage_vlm.evaluation.replace import chosen
     from mirage_vlm.evaluation.run import Settings, plan, run_all
+    from mirage_vlm.modeling.config import check_limits
 
     names = () if replace is None else chosen([name.strip() for name in replace.split(",")])
+    check_limits(min_pixels, max_pixels)
     if figure is not None and not names:
         raise MirageError("--figure draws the replacement test: add --replace, such as --replace all")
     if lmms is not None and (out is None or trajectories is None):
@@ -90,6 +103,7 @@ def evaluate(
         EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled),
         names,
         seed,
+        {"min_pixels": min_pixels, "max_pixels": max_pixels},
     )
     if not data and not task:
         raise MirageError("say what to evaluate on: give --data or --task")
@@ -106,7 +120,7 @@ def evaluate(
             run_all(
                 runs,
                 settings,
-                lambda name: load_model(name, device),
+                lambda name: load_model(name, device, min_pixels, max_pixels),
                 restart=restart,
                 progress=lambda done: bar.update(work, advance=done),
                 tell=lambda line: console.print(line, highlight=False, markup=False),

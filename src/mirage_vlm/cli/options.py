@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mirage_vlm.errors import MirageError
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from mirage_vlm.cli.data import Style
     from mirage_vlm.evaluation.run import Source
     from mirage_vlm.modeling import LatentVLM
+
+
+MinPixels = Annotated[int | None, typer.Option(help="Enlarge pictures of fewer pixels; the checkpoint's by default.")]
+MaxPixels = Annotated[int | None, typer.Option(help="Shrink pictures of more pixels; the checkpoint's by default.")]
 
 
 def levels_of(text: str | None) -> tuple[int, ...] | None:
@@ -35,8 +41,13 @@ def parse_levels(text: str, option: str = "--levels") -> tuple[int, ...]:
         raise MirageError(f"{option} must be whole numbers with commas, such as 3,4,5,6; got {text!r}") from fault
 
 
-def load_model(name: str, device: str | None = None) -> LatentVLM:
+def load_model(
+    name: str, device: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+) -> LatentVLM:
     """The checkpoint of a `--model` option, loaded without transformers' own progress bars and warnings.
+
+    Args:
+        min_pixels, max_pixels: limits of the image processor; None takes the checkpoint's.
 
     Raises:
         MirageError: it cannot be loaded.
@@ -48,7 +59,9 @@ def load_model(name: str, device: str | None = None) -> LatentVLM:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return LatentVLM.from_pretrained(resolve(name), device=device)
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    given: dict[str, Any] = {option: value for option, value in limits.items() if value is not None}
+    return LatentVLM.from_pretrained(resolve(name), device=device, **given)
 
 
 def open_sources(

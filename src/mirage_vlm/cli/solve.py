@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import load_model
+from mirage_vlm.cli.options import MaxPixels, MinPixels, load_model
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ HALF_BLOCK = "▀"  # two pixels a character: the upper in the text colour, the 
 
 
 def solve(
-    image: Annotated[Path, typer.Argument(help="Any picture file.")],
+    image: Annotated[str, typer.Argument(help="Any picture file, or its URL.")],
     task: Annotated[str, typer.Option(help="Whose question to ask.")] = "vsp-planning",
     plan: Annotated[str | None, typer.Option(help="For vsp-reasoning: the moves to judge, such as LUUR.")] = None,
     question: Annotated[str | None, typer.Option(help="Ask this instead; the picture is then taken as it is.")] = None,
@@ -31,6 +31,8 @@ def solve(
     max_new_tokens: Annotated[int, typer.Option(help="Most positions of the response, latents included.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question about a picture."""
@@ -50,7 +52,7 @@ def solve(
             raise MirageError(f"{image}: {fault}; to ask something else about it, use --question") from fault
         details = {} if plan is None else {"plan": plan}
         prompt = chosen.prompt(Image(scaled), style.written, **details)
-    vlm = load_model(model)
+    vlm = load_model(model, min_pixels=min_pixels, max_pixels=max_pixels)
     found = vlm.generate(
         [Trajectory(prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, return_latents=False
     )[0]

@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
 
 # fields of results on which the responses depend; of the engine's, these only say how fast they come
-DEPENDS_ON = ("model", "data", "generation", "engine", "seed", "sha256", "versions")
+DEPENDS_ON = ("model", "data", "generation", "engine", "pictures", "seed", "sha256", "versions")
 SPEED = {"max_rows", "max_batch_tokens", "memory_fraction", "block_size", "prefill_tokens", "image_cache", "look_every"}
 SPEED |= {"native", "compile"}
 
@@ -68,12 +68,14 @@ class Settings:
         engine: what may be used.
         replacements: names for the replacement test, `self` first; empty where it is not run.
         seed: of noise, the shuffle and the bootstrap.
+        pictures: `min_pixels` and `max_pixels` that the checkpoints are loaded with; None is the checkpoint's own.
     """
 
     generation: GenerationConfig
     engine: EngineConfig
     replacements: Sequence[str] = ()
     seed: int = 0
+    pictures: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,11 +238,13 @@ def settings_of(run: Run, settings: Settings, model: Mapping[str, str] | None) -
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+    limits = {name: value for name, value in settings.pictures.items() if value is not None}
     return {
         "model": run.model,
         "data": dict(source.origin),
         "generation": generation,
         "engine": _engine(asdict(settings.engine)),
+        **({"pictures": limits} if limits else {}),  # else as the checkpoint's own files say, whose hashes are here
         "seed": settings.seed,
         "sha256": sha256,
         "versions": versions,
@@ -321,6 +325,7 @@ def _report(
         "seconds_in_all": seconds[1],
         "generation": known["generation"],
         "engine": asdict(settings.engine),
+        **({"pictures": known["pictures"]} if "pictures" in known else {}),
         "seed": known["seed"],
         "sha256": known["sha256"],
         "versions": known["versions"],

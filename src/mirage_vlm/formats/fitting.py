@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats.faults import Fault
+from mirage_vlm.pictures import scheme_of
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Trajectory
 
 _PATCH, _FEWEST, _MOST, _SLIMMEST = 28, 56 * 56, 16384 * 28 * 28, 200  # of Qwen's own processors, in pixels
@@ -127,7 +128,7 @@ def size_of(image: Image) -> tuple[int, int] | None:
         if isinstance(source, Path):
             status = source.stat()
             return _size_of_file(str(source), status.st_mtime_ns, status.st_size)
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
+        if isinstance(source, str) and scheme_of(source) == "http":
             return None
         return image.size()
     except (OSError, MirageError):  # which the check of the files tells

@@ -22,8 +22,9 @@ import PIL.Image
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat
-from mirage_vlm.formats.pictures import Encoded, is_file, png
+from mirage_vlm.formats.pictures import file_of, is_file, png
 from mirage_vlm.formats.records import PlainReader, Scanned, collect, examine
+from mirage_vlm.pictures import Encoded, scheme_of
 from mirage_vlm.trajectory import Image, LatentSpan, Trajectory
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
     Picture files and URLs are kept as paths and read in when the dataset is saved; others are kept as PNG.
 
     Raises:
-        MirageError: a picture in memory cannot be drawn, or `meta` is not JSON.
+        MirageError: a picture is no file, one in memory cannot be drawn, or `meta` is not JSON.
     """
     import datasets
 
@@ -112,9 +113,9 @@ def _to_cell(image: Image | None) -> dict[str, Any] | None:
         return None
     source = image.source
     if is_file(image):
-        return {"path": str(Path(str(source)).absolute()), "bytes": None}
-    if isinstance(source, str) and source.startswith("http"):
-        return {"path": source, "bytes": None}
+        return {"path": str(file_of(image).absolute()), "bytes": None}
+    if scheme_of(source) == "http":
+        return {"path": str(source), "bytes": None}
     if isinstance(source, str) and source.partition(",")[0].endswith(";base64"):
         return {"path": None, "bytes": base64.b64decode(source.partition(",")[2])}
     return {"path": None, "bytes": png(image)}

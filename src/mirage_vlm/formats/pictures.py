@@ -1,4 +1,4 @@
-"""Pictures in data files: a path, an http(s) URL, a data URL, or the bytes kept by a Hugging Face dataset."""
+"""Pictures in data files: a path, a file, http(s) or data URL, or the bytes kept by a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -8,44 +8,17 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import PIL.Image
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats.faults import shown, text_fault
 from mirage_vlm.formats.writing import atomic_writer
+from mirage_vlm.pictures import Encoded, check_file, path_of, scheme_of
 from mirage_vlm.trajectory import Image
 
 ImageSource = Callable[[Image], str]
 """Says how a picture is written into a record: a path, a URL or a data URL."""
-
-_REMOTE = ("http://", "https://")
-_URLS = ("data:", *_REMOTE)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A drawing function for the content of a picture file.
-
-    Attributes:
-        content: the file's bytes.
-        where: what messages name; empty where nothing is known.
-    """
-
-    content: bytes
-    where: str = ""
-
-    def __call__(self) -> PIL.Image.Image:
-        """The picture, of which only the head is read yet."""
-        try:
-            return PIL.Image.open(io.BytesIO(self.content))
-        except PIL.UnidentifiedImageError as fault:
-            if not self.where:
-                raise
-            raise OSError(f"{self.where}: is no picture that can be read") from fault
 
 
 def from_bytes(content: bytes, where: str = "") -> Image:
@@ -68,9 +41,10 @@ def read_picture(value: Any, base: Path | None) -> Image:
     if isinstance(value, Mapping):
         content = value.get("bytes")
         return from_bytes(content) if content else read_picture(value["path"], base)
-    if callable(value) or value.startswith(_URLS):
+    if callable(value) or scheme_of(value) in ("data", "http"):
         return Image(value)
-    return Image(base / value if base is not None else Path(value))
+    path = path_of(value)
+    return Image(base / path if base is not None else path)
 
 
 def picture_fault(value: Any, base: Path | None, check_files: bool) -> str | None:
@@ -82,7 +56,9 @@ def picture_fault(value: Any, base: Path | None, check_files: bool) -> str | Non
         check_files: also open and decode files, data URLs and stored bytes. http(s) URLs are never fetched.
     """
     if isinstance(value, Mapping):
-        if value.get("bytes"):
+        if content := value.get("bytes"):
+            if not isinstance(content, bytes):  # JSON has none; the picture is written as a data URL there
+                return f"must hold the bytes of a file under `bytes`, not {shown(content)}; JSON takes a data URL"
             return _decode_fault(read_picture(value, base)) if check_files else None
         value = value.get("path")
     if callable(value):
@@ -93,16 +69,19 @@ def picture_fault(value: Any, base: Path | None, check_files: bool) -> str | Non
         return "holds a NUL character, which no path has"
     if message := text_fault(value):
         return message
-    image = read_picture(value, base)
-    if not check_files or value.startswith(_REMOTE):
+    try:
+        image = read_picture(value, base)
+    except MirageError as fault:  # a file URL that is none
+        return str(fault)
+    if not check_files or scheme_of(value) == "http":
         return None
-    if value.startswith("data:"):
+    if scheme_of(value) == "data":
         return _decode_fault(image)
     assert isinstance(image.source, Path)
     try:
         status = image.source.stat()
     except FileNotFoundError:
-        relative = base is not None and not Path(value).is_absolute()
+        relative = base is not None and not path_of(value).is_absolute()
         hint = "; relative paths start at the data file's folder" if relative else ""
         return f"no such file: {image.source}{hint}"
     except OSError as fault:
@@ -137,9 +116,34 @@ def png(image: Image) -> bytes:
 
 
 def is_file(image: Image) -> bool:
-    """Whether the picture is given as a path."""
-    source = image.source
-    return isinstance(source, Path) or (isinstance(source, str) and not source.startswith(_URLS))
+    """Whether the picture is given as a path or a file URL."""
+    return scheme_of(image.source) in ("path", "file")
+
+
+def path_given(image: Image) -> Path:
+    """The path of a picture for which `is_file` holds.
+
+    Raises:
+        MirageError: its file URL is wrong.
+    """
+    assert isinstance(image.source, str | Path)
+    return path_of(image.source)
+
+
+def file_of(image: Image) -> Path:
+    """As `path_given`, for who opens the file without `Image.load`.
+
+    Raises:
+        MirageError: what is there is no file, such as a named pipe, for which nobody should wait.
+    """
+    path = path_given(image)
+    try:
+        check_file(path)
+    except FileNotFoundError:  # whoever opens it says so
+        return path
+    except OSError as fault:
+        raise MirageError(f"cannot read the picture {image}: {fault}") from fault
+    return path
 
 
 def embed(image: Image) -> str:
@@ -162,7 +166,8 @@ def as_given(image: Image) -> str:
         MirageError: a picture in memory cannot be drawn.
     """
     if is_file(image):
-        return image.source.as_posix() if isinstance(image.source, Path) else str(image.source)
+        plain = isinstance(image.source, str) and scheme_of(image.source) == "path"
+        return str(image.source) if plain else path_given(image).as_posix()
     return embed(image)
 
 
@@ -180,7 +185,7 @@ def seen_from(folder: Path, otherwise: ImageSource = embed) -> ImageSource:
     def write(image: Image) -> str:
         if not is_file(image):
             return otherwise(image)
-        path = Path(os.path.normpath(Path(str(image.source)).absolute()))
+        path = Path(os.path.normpath(path_given(image).absolute()))
         return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
     return write
@@ -207,7 +212,7 @@ class ImageFolder:
         Raises:
             MirageError: it cannot be drawn, or the folder cannot be written.
         """
-        if is_file(image) or (isinstance(image.source, str) and image.source.startswith(_REMOTE)):
+        if is_file(image) or scheme_of(image.source) == "http":
             return self._seen(image)
         return self._keep(png(image), ".png")
 

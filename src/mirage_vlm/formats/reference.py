@@ -32,6 +32,7 @@ from mirage_vlm.formats.columns import MARK as MARKED
 from mirage_vlm.formats.columns import split_at_marks
 from mirage_vlm.formats.faults import Fault, shown, text_fault
 from mirage_vlm.formats.pictures import ImageSource, as_given, picture_fault
+from mirage_vlm.pictures import scheme_of
 from mirage_vlm.trajectory import Image, LatentSpan, Text, Trajectory
 
 MARK = "<output_image>"
@@ -269,7 +270,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _find(value: Any, base: Path | None) -> Any:
     """A picture's value with a path that only the working directory has made absolute."""
-    if base is None or not isinstance(value, str) or not value or "\0" in value or value.startswith("data:"):
+    if base is None or not isinstance(value, str) or not value or "\0" in value or scheme_of(value) != "path":
         return value
     here = Path(value)
     return str(here.absolute()) if not (base / here).exists() and here.exists() else value

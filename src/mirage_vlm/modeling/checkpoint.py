@@ -21,9 +21,10 @@ from transformers.utils import logging
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import located
-from mirage_vlm.modeling.config import LATENT_TOKENS, LatentConfig
+from mirage_vlm.modeling.config import LATENT_TOKENS, LIMITS, LatentConfig
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.feedback import Feedback, same_weights
+from mirage_vlm.modeling.limits import check_agreement
 from mirage_vlm.modeling.pooling import LEARNT
 from mirage_vlm.modeling.soundness import (
     check_finite,
@@ -66,7 +67,7 @@ class Pretrained(nn.Module):
             device: where to put it; the CPU by default.
             dtype: `auto` keeps the checkpoint's.
             attn: attention implementation of transformers (`eager`, `sdpa`, `flash_attention_2`).
-            latent: fields of `LatentConfig` to use instead of the checkpoint's.
+            latent: fields of `LatentConfig` to use instead of the checkpoint's, `max_pixels` for one.
 
         Raises:
             MirageError: there is no such checkpoint, it has no latent tokens, its parts do not fit together, weights
@@ -83,6 +84,8 @@ class Pretrained(nn.Module):
                 raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer does not know it")
             if found != token_id:
                 raise MirageError(f"{path}: config.json says {token} is {token_id}, the tokenizer says {found}")
+        given: dict[str, Any] = dict.fromkeys(name for name in LIMITS if name in latent)
+        check_agreement(image_processor, replace(saved, **given), str(path))
         vlm = cls(model, tokenizer, image_processor, config)
         kept = same_weights(config.feedback, saved.feedback)
         if kept and hasattr(vlm.feedback, "table") and config.codes != saved.codes:
@@ -112,7 +115,8 @@ class Pretrained(nn.Module):
 
         Args:
             path: a folder, a name on the Hugging Face hub, or `bundled-base`.
-            latent: fields of `LatentConfig` (`latent_size`, `pooling`, `feedback`, `stop_rule`, `image_scale`).
+            latent: fields of `LatentConfig` (`latent_size`, `pooling`, `feedback`, `stop_rule`, `image_scale`,
+                `min_pixels`, `max_pixels`).
 
         Raises:
             MirageError: there is no such checkpoint, its parts do not fit together, weights are not numbers, or an

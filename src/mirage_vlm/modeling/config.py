@@ -30,10 +30,13 @@ _KEYS = {
     "codes": "latent_codes",
     "evict_images": "latent_evict_images",
     "image_scale": "image_scale",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
 }
 _LEAST = {"latent_size": 1, "start_id": 0, "pad_id": 0, "end_id": 0, "codes": 1}  # whole numbers
 _NAMES = ("pooling", "feedback", "stop_rule", "target")
 _FLAGS = ("places", "evict_images")
+LIMITS = ("min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class LatentConfig:
         evict_images: the model was trained with the prompt's pictures out of sight once a span has closed (`visibility:
             evict`), and is decoded so unless a request says otherwise.
         image_scale: factor by which pictures are resized before the image processor sees them.
+        min_pixels, max_pixels: the image processor then resizes a picture of fewer or more pixels than these, as in
+            Qwen's own processors; None: as the checkpoint's processor says.
     """
 
     latent_size: int
@@ -67,6 +72,8 @@ class LatentConfig:
     codes: int = 256
     evict_images: bool = False
     image_scale: float = 1.0
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         for name in _KEYS:
@@ -79,6 +86,7 @@ class LatentConfig:
             raise MirageError(f"unknown stop rule {self.stop_rule!r}; choose one of {', '.join(STOP_RULES)}")
         if self.target not in TARGETS:
             raise MirageError(f"unknown target {self.target!r}; choose one of {', '.join(TARGETS)}")
+        check_limits(self.min_pixels, self.max_pixels)
 
     @classmethod
     def read(cls, config: Any, where: str) -> LatentConfig:
@@ -106,7 +114,11 @@ class LatentConfig:
     def write(self, config: Any) -> None:
         """Put it into a transformers config, so that it is saved in `config.json`."""
         for name, key in _KEYS.items():
-            setattr(config, key, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None:
+                setattr(config, key, value)
+            elif hasattr(config, key):
+                delattr(config, key)
 
 
 def _kind_fault(name: str, value: Any) -> str | None:
@@ -122,3 +134,16 @@ def _kind_fault(name: str, value: Any) -> str | None:
         sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
         return None if sound else f"must be a number above 0, not {value!r}"
     return None
+
+
+def check_limits(min_pixels: Any, max_pixels: Any) -> None:
+    """Whether two limits of a picture's pixels are such; None is no limit of one's own.
+
+    Raises:
+        MirageError: one is no positive whole number, or the first is above the second.
+    """
+    for name, value in zip(LIMITS, (min_pixels, max_pixels), strict=True):
+        if value is not None and (type(value) is not int or value < 1):
+            raise MirageError(f"{name} must be a whole number of at least 1, not {value!r}")
+    if None not in (min_pixels, max_pixels) and min_pixels > max_pixels:
+        raise MirageError(f"min_pixels is {min_pixels}, above max_pixels, which is {max_pixels}")

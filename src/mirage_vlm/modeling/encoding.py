@@ -212,7 +212,10 @@ class Encoder:
         picture = self.target_picture(span, trajectory)
         width, height = self.scaled(picture.size())
         if self.own_length(span) is None:
-            patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
+            try:
+                patches = self.image_processor.get_number_of_image_patches(height, width, {}) // self.family.merge**2
+            except ValueError as fault:
+                raise MirageError(f"cannot process {picture}: {fault}") from fault
             span_length(self.config.pooling, patches, span.k or self.config.latent_size, picture)
 
     def faults(self, trajectory: Trajectory, *, response: bool = True, targets: bool = True) -> Iterator[Fault]:

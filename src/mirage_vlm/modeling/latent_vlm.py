@@ -15,6 +15,7 @@ from mirage_vlm.modeling.encoding import Encoder
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Patches, build_feedback
+from mirage_vlm.modeling.limits import limited
 from mirage_vlm.modeling.pooling import Targets, build_pooling, patch_boxes, region_averages, with_places
 
 if TYPE_CHECKING:
@@ -31,23 +32,23 @@ class LatentVLM(Pretrained):
     Args:
         model: the transformers model, for example a `Qwen2_5_VLForConditionalGeneration`.
         tokenizer: its tokenizer, which holds the three latent tokens.
-        image_processor: its image processor.
+        image_processor: its image processor; it gets the limits of the configuration.
         config: the latent part of the checkpoint.
 
     Raises:
-        MirageError: unknown family, pooling or feedback.
+        MirageError: unknown family, pooling or feedback, or impossible limits of pixels.
     """
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, config: LatentConfig):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
         self.config = config
         self.family = family_of(model.config)
+        self.image_processor = limited(image_processor, config)
         self.feature_store: FeatureStore | None = None  # set where a frozen tower's features are kept
         stops = () if tokenizer is None else tuple(sorted(self.stop_ids()))
-        self.encoder = Encoder(tokenizer, image_processor, config, self.family, stops)
+        self.encoder = Encoder(tokenizer, self.image_processor, config, self.family, stops)
         self.feedback = build_feedback(config.feedback, self.width, config.codes).to(model.device, model.dtype)
         self.pooling = build_pooling(config.pooling, self.width, config.latent_size).to(model.device, model.dtype)
         config.write(model.config)

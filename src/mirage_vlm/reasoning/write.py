@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import atomic_writer, scan, to_record, write_jsonl
 from mirage_vlm.formats.faults import Fault, summary
-from mirage_vlm.formats.pictures import as_given, is_file
+from mirage_vlm.formats.pictures import as_given, file_of, is_file
 from mirage_vlm.reasoning.accept import Check, Rules, Written, answer_check, judge
 from mirage_vlm.reasoning.endpoint import Connection, Endpoint, NoReply, Refused, Reply
 from mirage_vlm.reasoning.journal import Journal
@@ -154,7 +154,7 @@ def _sha256(example: Trajectory) -> str:
         if not is_file(image):
             return as_given(image)
         try:
-            return hashlib.sha256(Path(str(image.source)).read_bytes()).hexdigest()
+            return hashlib.sha256(file_of(image).read_bytes()).hexdigest()
         except OSError as fault:
             raise MirageError(f"cannot read the picture {image}: {fault}") from fault
 

@@ -6,11 +6,11 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats.pictures import from_bytes
+from mirage_vlm.pictures import path_of, scheme_of
 from mirage_vlm.sources.mapping import ROW, fill, is_template, names_in
 from mirage_vlm.sources.tables import Row
 from mirage_vlm.trajectory import Image
@@ -88,14 +88,18 @@ def _picture(value: Any, row: Row, column: str) -> Image:
         return from_bytes(value, where)
     if not isinstance(value, str) or not value:
         raise MirageError(f"{where}: must be a picture, not {str(value)[:40]!r}")
-    if value.startswith(("http://", "https://")):
+    scheme = scheme_of(value)
+    if scheme == "http":
         raise MirageError(f"{where}: is a URL ({value[:60]}); download the pictures, and let the column name the files")
-    if value.startswith("data:"):
+    if scheme == "data":
         return from_bytes(_decoded(value.partition(",")[2], where), where)
     if _BASE64.fullmatch(value):
         return from_bytes(_decoded(value, where), where)
-    path = Path(value) if row.base is None else row.base / value
-    if "\0" in value or not path.is_file():
+    try:
+        path = path_of(value) if row.base is None else row.base / path_of(value)
+    except MirageError as fault:
+        raise MirageError(f"{where}: {fault}") from fault
+    if not path.is_file():
         raise MirageError(f"{where}: no such file: {str(path)[:200]}")
     return Image(path)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
-import PIL.Image
-
 from mirage_vlm.errors import MirageError
-from mirage_vlm.formats.pictures import Encoded, ImageFolder
+from mirage_vlm.formats.pictures import ImageFolder
+from mirage_vlm.pictures import Encoded
 from mirage_vlm.trajectory import Image
 
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 class PictureFiles(ImageFolder):
@@ -25,10 +22,9 @@ class PictureFiles(ImageFolder):
         if not isinstance(image.source, Encoded):
             return super().__call__(image)
         try:
-            with PIL.Image.open(io.BytesIO(image.source.content)) as picture:
-                suffix = SUFFIXES.get(picture.format or "")
-                picture.load()  # a file that is cut off is found now, not when it is trained on
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as fault:
-            place = image.source.where
-            raise MirageError(f"{place}: is no picture that can be read: {str(fault).removeprefix(place)}") from fault
+            image.load()  # a file that is cut off, or that nobody can read, is found now, not when it is trained on
+            suffix = SUFFIXES.get(image.source().format or "")
+        except MirageError as fault:
+            place, reason = image.source.where, str(fault.__cause__ or fault)
+            raise MirageError(f"{place}: is no picture that can be read: {reason.removeprefix(place)}") from fault
         return super().__call__(image) if suffix is None else self._keep(image.source.content, suffix)

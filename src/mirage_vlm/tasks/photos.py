@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import PIL.Image
-import PIL.ImageOps
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.tasks.base import Split, split_of
@@ -160,7 +159,7 @@ def _listed(root: Path) -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def _read(path: Path) -> PIL.Image.Image:
     """The photo of a file, upright, halved (or thirded …) as long as enough is left."""
-    photo = PIL.ImageOps.exif_transpose(Image(path).load())
+    photo = Image(path).load()
     if min(photo.size) < LEAST:
         raise MirageError(f"{path}: a photo must have at least {LEAST} pixels a side, not {min(photo.size)}")
     return photo.reduce(max(1, min(photo.size) // ENOUGH))

@@ -156,7 +156,7 @@ def _along(strip: np.ndarray[Any, Any]) -> list[str]:
 
 
 def _pixels(picture: PIL.Image.Image, side: int) -> np.ndarray[Any, Any]:
-    return np.asarray(picture.convert("RGB").resize((side, side), PIL.Image.Resampling.BOX), np.int64)
+    return np.asarray(picture.resize((side, side), PIL.Image.Resampling.BOX), np.int64)
 
 
 def _named(colours: np.ndarray[Any, Any]) -> list[str]:

@@ -59,8 +59,8 @@ class ModelRecipe:
         path: a checkpoint folder or hub name, or `bundled`; latent tokens are added where it has none.
         scratch: sizes of a small model to start from nothing, instead of `path`.
         tokenizer_data: with `scratch`, what its tokenizer is trained on; the run's own data if empty.
-        latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale: as in `LatentConfig`; None keeps
-            the checkpoint's.
+        latent_size, pooling, feedback, codes, target, places, stop_rule, image_scale, min_pixels, max_pixels: as in
+            `LatentConfig`; None keeps the checkpoint's.
         attn: attention implementation of transformers; None leaves it to transformers.
         dtype: `float32` or `bfloat16`, of the weights.
         freeze_vision: keep the vision tower as it is.
@@ -78,6 +78,8 @@ class ModelRecipe:
     places: bool | None = None
     stop_rule: str | None = None
     image_scale: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     attn: str | None = None
     dtype: str = "float32"
     freeze_vision: bool = True

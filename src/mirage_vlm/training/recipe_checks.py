@@ -14,7 +14,7 @@ from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import resolve
-from mirage_vlm.modeling.config import STOP_RULES, TARGETS
+from mirage_vlm.modeling.config import LIMITS, STOP_RULES, TARGETS
 from mirage_vlm.modeling.names import FEEDBACK_NAMES, POOLING_NAMES
 from mirage_vlm.settings import Where
 from mirage_vlm.tasks import get_task
@@ -80,6 +80,10 @@ def _check_model(recipe: Recipe, require: Require, one_of: OneOf) -> None:
     require(model.image_scale is None or model.image_scale > 0, "model.image_scale", "must be positive")
     one_of(model.dtype, "model.dtype", ("float32", "bfloat16"))
     require(model.latent_size is None or model.latent_size > 0, "model.latent_size", "must be positive")
+    limits = {name: limit for name in LIMITS if (limit := getattr(model, name)) is not None}
+    for name, limit in limits.items():
+        require(limit > 0, f"model.{name}", "must be positive")
+    require(list(limits.values()) == sorted(limits.values()), "model.min_pixels", "is above model.max_pixels")
     if (lora := model.lora) is not None:
         require(lora.rank > 0, "model.lora.rank", "must be positive")
         require(lora.alpha > 0, "model.lora.alpha", "must be positive: with 0 the adapters add nothing")

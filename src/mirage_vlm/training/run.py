@@ -17,6 +17,7 @@ from transformers import TrainingArguments, set_seed
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.checkpoint import has_latents
+from mirage_vlm.modeling.config import LIMITS
 from mirage_vlm.modeling.decoder import checkpoint_activations
 from mirage_vlm.modeling.features import FeatureStore
 from mirage_vlm.modeling.feedback import Feedback
@@ -171,11 +172,8 @@ def was_over(recipe: Recipe, last: str | None) -> bool:
 def prepare_model(recipe: Recipe, examples: Examples) -> LatentVLM:
     """The model of a recipe, ready to train: latent tokens added, frozen and adapted as it says."""
     wanted: ModelRecipe = recipe.model
-    latent = {
-        name: value
-        for name in ("latent_size", "pooling", "feedback", "codes", "target", "places", "stop_rule", "image_scale")
-        if (value := getattr(wanted, name)) is not None
-    }
+    names = ("latent_size", "pooling", "feedback", "codes", "target", "places", "stop_rule", "image_scale", *LIMITS)
+    latent = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     latent["evict_images"] = recipe.train.visibility == "evict"  # decoded as it was trained
     if wanted.scratch is not None:
         corpus = open_all(all_sources(wanted.tokenizer_data)) if wanted.tokenizer_data else examples
