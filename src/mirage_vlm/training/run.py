@@ -348,7 +348,7 @@ def on_one_card(arguments: A) -> A:
     """One device a process. A single one would split rows among its cards, which pictures do not bear."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    if arguments.device.type == "cpu":  # several processes have `cpu:0`, from which transformers before 5.18 cannot resume
+    if arguments.device.type == "cpu":  # one of several is on `cpu:0`, where transformers before 5.18 cannot resume
         vars(arguments)["_setup_devices"] = torch.device("cpu")
     return arguments
 

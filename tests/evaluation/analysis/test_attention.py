@@ -35,7 +35,9 @@ def first_layer(vlm, example):
     t, size = len(x), config.hidden_size // config.num_attention_heads
     query = (layer.self_attn.q_proj.weight @ x.T + layer.self_attn.q_proj.bias[:, None]).T.view(t, -1, size)
     key = (layer.self_attn.k_proj.weight @ x.T + layer.self_attn.k_proj.bias[:, None]).T.view(t, -1, size)
-    cos, sin = (part[0] for part in model.rotary_emb(example.inputs[None], example.positions[:, None]))
+    axes = torch.arange(3).repeat_interleave(torch.tensor(config.rope_parameters["mrope_section"]))  # of each frequency
+    angles = (example.positions[axes].T * model.rotary_emb.inv_freq).repeat(1, 2)  # [T, size]
+    cos, sin = angles.cos(), angles.sin()
 
     def rotated(v):  # [size]
         return torch.cat([-v[size // 2 :], v[: size // 2]])
