@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
 from mirage_vlm.decoding import native
 from mirage_vlm.decoding.blocks import run_paged
 from mirage_vlm.decoding.compiled import compiled
-from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+from mirage_vlm.decoding.config import EngineConfig, GenerationChanges, GenerationConfig, checked
 from mirage_vlm.decoding.graphs import Logged, StepGraphs, cuda_capture
+from mirage_vlm.decoding.marks import DONE, Marks
 from mirage_vlm.decoding.memory import free_memory
 from mirage_vlm.decoding.plan import NativePlan, Plan, make_native_plan, make_plan
 from mirage_vlm.decoding.pool import NOBODY, BlockPool
@@ -48,7 +49,7 @@ class Engine:
 
     def __init__(self, vlm: LatentVLM, config: EngineConfig | None = None):
         self.vlm = vlm.eval()
-        self.config = config = config or EngineConfig()
+        self.config = config = checked(config, EngineConfig, "engine")
         self.device = vlm.device
         text = vlm.language_model.config
         if other := set(text.layer_types) - {"full_attention"}:
@@ -64,6 +65,7 @@ class Engine:
         self.pool = BlockPool(text, size, limit, dtype, self.device, fixed)
         self.reader = Reader(vlm, self.pool, config.prefill_tokens, config.image_cache)
         self.look_every = config.look_every or (1 if self.device.type == "cpu" else 8)
+        self.marks = Marks(vlm)
         self.queue: deque[Response] = deque()
         self.active: list[Response] = []
         self.rows: Rows | None = None
@@ -93,7 +95,7 @@ class Engine:
         replay: Trajectory | None = None,
         quiet: bool = False,
         encoded: tuple[list[int], Pictures | None] | None = None,
-        **changes: object,
+        **changes: Unpack[GenerationChanges],
     ) -> int:
         """Put a request into the queue.
 
@@ -114,7 +116,7 @@ class Engine:
             MirageError: a picture cannot be read, the prompt with its response can never fit, seeds are not one for
                 each response or too large, or an empty response is to be replayed.
         """
-        config = replace(config or GenerationConfig(), **changes)  # type: ignore[arg-type]
+        config = checked(config, GenerationConfig, "config").changed(changes)
         if config.evict_images is None:
             config = replace(config, evict_images=self.vlm.config.evict_images)
         source = prompt if isinstance(prompt, Trajectory) else Trajectory(tuple(prompt))
@@ -124,6 +126,7 @@ class Engine:
             if not (forced := forced_tokens(self.vlm, replay)):
                 raise MirageError("an empty response cannot be replayed")
             config = replace(config, max_new_tokens=len(forced))
+        self._check_span(config)
         seeds = [config.seed + i for i in range(config.n)] if config.seeds is None else list(config.seeds)
         if len(seeds) != config.n:
             raise MirageError(f"got {len(seeds)} seeds for {config.n} responses")
@@ -143,15 +146,27 @@ class Engine:
                 f"{self.pool.size} tokens, but the cache holds {self.pool.limit}: raise max_batch_tokens to at least "
                 f"{(own + shared) * self.pool.size}, or lower max_new_tokens"
             )
+        mark = self.marks.start(config.span_after) if config.spans == "forced" else DONE
         request = next(self._requests)
         shared_prompt = Prompt(source, ids, pictures, waiting=config.n)
         for sample, seed in enumerate(seeds):
             index = next(self._responses)
             response = Response(
-                self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own, quiet=quiet
+                self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own, quiet=quiet, mark=mark
             )
             self.queue.append(response)
         return request
+
+    def _check_span(self, config: GenerationConfig) -> None:
+        """A span that is to be forced must have room for its latents."""
+        latent = self.vlm.config
+        size = latent.latent_size if config.latent_size is None else config.latent_size
+        needed = min(size, 1) if (config.stop_rule or latent.stop_rule) == "learned" else size
+        if config.spans == "forced" and config.max_latents is not None and config.max_latents < needed:
+            raise MirageError(
+                f"max_latents is {config.max_latents}, but spans is 'forced' and a span takes {needed}: raise it to "
+                f"{needed} or more, or lower latent_size"
+            )
 
     def cancel(self, request: int) -> None:
         """End a request; its responses finish with reason `cancelled` at the next step, with what they have."""
@@ -175,6 +190,7 @@ class Engine:
             events += self._advance()
         if not self.busy:
             self.pool.trim()
+            self.marks.forget()
             self.rows = None
         return events
 
@@ -303,7 +319,8 @@ class Engine:
             self.stops,
             self.banned,
             pack=self.device.type == "cpu",
-            limited=any(c.max_spans is not None or c.max_latents is not None for c in configs),
+            marks=self.marks if any(c.spans == "forced" for c in configs) else None,
+            limited=any(c.most_spans is not None or c.max_latents is not None for c in configs),
             learned=any((c.stop_rule or self.vlm.config.stop_rule) == "learned" for c in configs),
             sampled=any(c.temperature > 0 for c in configs),
             restricted=any(c.top_k > 0 or c.top_p < 1 for c in configs),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mirage_vlm.decoding.config import GenerationConfig
+from mirage_vlm.decoding.marks import DONE
 from mirage_vlm.trajectory import Decoding, LatentSpan, Segment, Text, Trajectory
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Response:
         tokens, chances, spans: what was written so far, how likely it was, and the latents of each span.
         thinking: the token chosen last is a latent that was not consumed yet.
         evicted: the prompt's pictures are out of its sight.
+        mark: state of `Marks` in which it begins.
         held: text tokens whose text was not given out yet.
         quiet: tell nothing but the end: pieces of text cost the host more than anything else it does.
     """
@@ -95,6 +97,7 @@ class Response:
     stop_id: int | None = None
     thinking: bool = False
     evicted: bool = False
+    mark: int = DONE
     held: list[int] = field(default_factory=list)
     quiet: bool = False
 

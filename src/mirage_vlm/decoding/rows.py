@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from mirage_vlm.decoding.marks import DONE, DUE, Marks
 from mirage_vlm.decoding.sampling import allowed, draw, more_or_end, uniforms
 from mirage_vlm.modeling.feedback import Patches
 
@@ -42,6 +43,7 @@ class Rows:
         spans, latents: [B] how many so far.
         status: [B] LIVE, STOPPED (end of turn) or FULL (a limit).
         evicted: [B] the prompt's pictures are out of sight.
+        mark: [B] state of `Marks`: `DONE` where no span is to be opened on demand (any more), `DUE` where one is now.
         k, learned, max_tokens, max_spans, max_latents, temperature, top_p, top_k, noise, seed, evict: [B] as asked for.
         forced: [B, F] tokens of a replay, −1 after its end.
         given: [B, L, D] latents of a replay, in order, and [B, L] in `held` which of them it holds.
@@ -59,6 +61,7 @@ class Rows:
     latents: torch.Tensor
     status: torch.Tensor
     evicted: torch.Tensor
+    mark: torch.Tensor
     k: torch.Tensor
     learned: torch.Tensor
     max_tokens: torch.Tensor
@@ -164,10 +167,11 @@ def new_rows(vlm: LatentVLM, wave: Sequence[Response]) -> Rows:
         latents=nothing,
         status=nothing,
         evicted=nothing.bool(),
+        mark=numbers([r.mark for r in wave]),
         k=numbers([latent.latent_size if c.latent_size is None else c.latent_size for c in configs]),
         learned=numbers([(c.stop_rule or latent.stop_rule) == "learned" for c in configs], torch.bool),
         max_tokens=numbers([c.max_new_tokens for c in configs]),
-        max_spans=numbers([limit(c.max_spans) for c in configs]),
+        max_spans=numbers([limit(c.most_spans) for c in configs]),
         max_latents=numbers([limit(c.max_latents) for c in configs]),
         temperature=reals([c.temperature for c in configs]),
         top_p=reals([c.top_p for c in configs]),
@@ -213,6 +217,7 @@ class Chooser:
         banned: [3] tokens that cannot be chosen as words: a latent, the end of a span, a picture's patch.
         pack: run the LM head only for rows that have a choice. That asks the device which they are, so it is for the
             CPU; elsewhere the head runs for all rows, and those in a span take no notice of it.
+        marks: where spans are opened on demand; None if no row asks for one.
         limited: some row has a limit of spans or latents.
         learned: some row closes its spans by choice.
         sampled: some row has a temperature.
@@ -224,6 +229,7 @@ class Chooser:
     stops: torch.Tensor
     banned: torch.Tensor
     pack: bool
+    marks: Marks | None
     limited: bool
     learned: bool
     sampled: bool
@@ -231,9 +237,9 @@ class Chooser:
     scored: bool
 
     @property
-    def kind(self) -> tuple[bool, ...]:
+    def kind(self) -> tuple[int, ...]:
         """What its work depends on beside sizes."""
-        return self.limited, self.learned, self.sampled, self.restricted, self.scored
+        return 0 if self.marks is None else self.marks.version, self.limited, self.learned, self.sampled, self.restricted, self.scored
 
     def __call__(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose, write down, and move every row's state on.
@@ -246,16 +252,21 @@ class Chooser:
         pad, start, end = latent.pad_id, latent.start_id, latent.end_id
         live = rows.status == LIVE
         inside = rows.thought >= 0
-        text = live & ~inside
+        due = None if self.marks is None else live & (rows.mark == DUE)  # never inside of a span
+        text = live & ~inside if due is None else live & ~inside & ~due
         more = rows.thought < rows.k  # the span may go on
         if self.limited:
-            more &= rows.latents < rows.max_latents
+            more &= rows.latents < rows.max_latents - self._owed(rows)[1]
         asks = inside & rows.learned & (rows.thought > 0) & more if self.learned else None
         forced = self._forced(rows) if rows.forced.shape[1] else None
         token, chance = self._by_model(rows, text, asks, forced)
         token = torch.where(inside if asks is None else inside & ~asks, torch.where(more, pad, end), token)
+        if due is not None:
+            token = torch.where(due, start, token)
         if forced is not None:
             token = torch.where(forced >= 0, forced, token)
+            if due is not None and chance is not None:
+                chance = torch.where(due & (token != start), -torch.inf, chance)
 
         ends = token == self.stops if len(self.stops) == 1 else torch.isin(token, self.stops)
         stopped = live & ends
@@ -270,9 +281,22 @@ class Chooser:
         rows.latents = rows.latents + thinks
         rows.thought = torch.where(opened, 0, torch.where(closed, -1, rows.thought + thinks))
         rows.evicted = rows.evicted | (closed & rows.evict)
+        if self.marks is not None:
+            rows.mark = torch.where(live, self.marks.after(rows.mark, token), rows.mark)
         rows.status = torch.where(stopped, STOPPED, torch.where(live & last, FULL, rows.status))
         rows.token = token
         return log, chance
+
+    def _owed(self, rows: Rows) -> tuple[torch.Tensor | int, torch.Tensor | int]:
+        """[B] spans, 0 or 1, that are still to be opened on demand, and [B] latents that are kept for them."""
+        if self.marks is None:
+            return 0, 0
+        owed = (rows.mark != DONE).long()
+        return owed, owed * self._needed(rows)
+
+    def _needed(self, rows: Rows) -> torch.Tensor:
+        """[B] the fewest latents of a span."""
+        return torch.where(rows.learned, rows.k.clamp(max=1), rows.k)
 
     def _forced(self, rows: Rows) -> torch.Tensor:
         """[B] the token that a replay puts here; −1 where the row is free."""
@@ -314,8 +338,9 @@ class Chooser:
             logits = logits / torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
         choice = logits.index_fill(1, self.banned, -torch.inf)
         if self.limited:
-            needed = torch.where(rows.learned, rows.k.clamp(max=1), rows.k)
-            shut = (rows.spans >= rows.max_spans) | (rows.max_latents - rows.latents < needed)
+            spans, latents = self._owed(rows)
+            shut = rows.spans + spans >= rows.max_spans
+            shut |= rows.max_latents - latents - rows.latents < self._needed(rows)
             choice[:, start] = choice[:, start].masked_fill(shut, -torch.inf)
         if asks is not None:
             choice = torch.where(asks.unsqueeze(1), more_or_end(logits, pad, end), choice)
