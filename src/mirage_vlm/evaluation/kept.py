@@ -6,14 +6,13 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mirage_vlm.differences import differences, in_short
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat, to_record
-from mirage_vlm.trajectory import Decoding, Trajectory
+from mirage_vlm.trajectory import Trajectory
 
 
 class Kept:
@@ -74,7 +73,6 @@ class Kept:
         self._seconds[name] += seconds
         if self.path is not None:
             line = {"replacement": name, "example": i, "seconds": round(seconds, 6), **to_record(response)}
-            line["decoding"] = asdict(trajectory.decoding)  # all of it; a record has no place for some
             try:
                 self._append(self.path, line)
             except OSError as fault:
@@ -109,9 +107,10 @@ class Kept:
                     settings = record["settings"]
                 else:
                     place = (str(record["replacement"]), int(record["example"]))
-                    response, decoding = chat.from_record(record, None), dict(record["decoding"])
-                    tuples = {key: decoding[key] and tuple(decoding[key]) for key in ("token_ids", "logprobs")}
-                    self._found[place] = replace(response, decoding=Decoding(**{**decoding, **tuples}))
+                    response = chat.from_record(record, None)
+                    if response.decoding is None:
+                        raise KeyError("decoding")
+                    self._found[place] = response
                     self._seconds[place[0]] += float(record["seconds"])
             except (ValueError, KeyError, TypeError) as fault:
                 raise MirageError(f"{path}:{number}: is damaged; remove it or start over with --restart") from fault

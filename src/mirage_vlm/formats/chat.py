@@ -14,20 +14,17 @@ a list of accepted answers. Values that are null count as absent; unknown keys a
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mirage_vlm.formats.answers import read_answer, write_answer
 from mirage_vlm.formats.chat_faults import image_value
 from mirage_vlm.formats.columns import place_columns
+from mirage_vlm.formats.decoded import decoding_record, pack, read_decoding, unpack
 from mirage_vlm.formats.pictures import ImageSource, as_given, read_picture
-from mirage_vlm.trajectory import Decoding, Image, LatentSpan, Message, Segment, Text, Trajectory
-
-if TYPE_CHECKING:
-    import torch
+from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
 
 
 def to_record(trajectory: Trajectory, *, image_source: ImageSource | None = None) -> dict[str, Any]:
@@ -55,8 +52,7 @@ def to_record(trajectory: Trajectory, *, image_source: ImageSource | None = None
     if trajectory.meta:
         record["meta"] = trajectory.meta
     if trajectory.decoding is not None:
-        decoding = trajectory.decoding
-        record["decoding"] = {"token_ids": list(decoding.token_ids), "finish_reason": decoding.finish_reason}
+        record["decoding"] = decoding_record(trajectory.decoding)
     return record
 
 
@@ -75,22 +71,8 @@ def _to_part(segment: Segment, source: ImageSource) -> dict[str, Any]:
     if segment.regions is not None:
         part["regions"] = [list(box) for box in segment.regions]
     if segment.latents is not None:
-        part["latents"] = _pack(segment.latents)
+        part["latents"] = pack(segment.latents)
     return part
-
-
-def _pack(latents: torch.Tensor) -> dict[str, Any]:
-    array = latents.detach().float().cpu().numpy().astype("<f4")  # [k, D]
-    data = base64.b64encode(array.tobytes()).decode()
-    return {"shape": list(array.shape), "dtype": "float32", "data": data}
-
-
-def _unpack(packed: Mapping[str, Any]) -> torch.Tensor:
-    import numpy as np
-    import torch
-
-    array = np.frombuffer(base64.b64decode(packed["data"]), dtype="<f4").astype(np.float32)
-    return torch.from_numpy(array.reshape(packed["shape"]))  # [k, D]
 
 
 def from_record(record: Mapping[str, Any], base: Path | None) -> Trajectory:
@@ -109,7 +91,7 @@ def from_record(record: Mapping[str, Any], base: Path | None) -> Trajectory:
         task=record.get("task"),
         answer=read_answer(record.get("answer")),
         meta=dict(record.get("meta") or {}),
-        decoding=Decoding(tuple(decoding["token_ids"]), decoding["finish_reason"]) if decoding else None,
+        decoding=read_decoding(decoding) if decoding else None,
     )
 
 
@@ -126,7 +108,7 @@ def _segments(content: Any, base: Path | None) -> Iterator[Segment]:
                 helper=None if helper is None else read_picture(helper, base),
                 k=part.get("k"),
                 regions=None if regions is None else tuple(map(tuple, regions)),
-                latents=None if packed is None else _unpack(packed),
+                latents=None if packed is None else unpack(packed),
             )
         else:
             reading = part.get("reading")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from mirage_vlm.formats.answers import answer_fault
 from mirage_vlm.formats.columns import place_columns
+from mirage_vlm.formats.decoded import decoding_faults, latents_fault
 from mirage_vlm.formats.faults import Fault, shown, text_fault
 from mirage_vlm.formats.pictures import picture_fault
 
@@ -25,7 +25,6 @@ PART_KEYS = {
 }
 IMAGE_KEYS = ("image", "url", "path")  # `url` and `path` as transformers' chat templates have them
 OF_OTHERS = ("cache_control", "detail", "annotations")  # keys of parts that mean nothing here
-FINISH_REASONS = ("stop", "length")
 
 
 def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -> Iterator[Fault]:
@@ -53,12 +52,13 @@ def _faults(record: Mapping[str, Any], found: list[Fault], base: Path | None, ch
         yield Fault("messages", f"must be a list of at least one message, not {shown(messages)}")
     else:
         for index, message in enumerate(messages):
-            yield from _message_faults(message, f"messages[{index}]", base, check_files)
+            decoded = index == len(messages) - 1 and record.get("decoding") is not None
+            yield from _message_faults(message, f"messages[{index}]", base, check_files, decoded)
         yield from _order_faults(messages)
     yield from found
     yield from known_faults(record)
     if record.get("decoding") is not None:
-        yield from _decoding_faults(record["decoding"])
+        yield from decoding_faults(record["decoding"])
 
 
 def known_faults(record: Mapping[str, Any]) -> Iterator[Fault]:
@@ -115,7 +115,10 @@ def _order_faults(messages: list[Any]) -> Iterator[Fault]:
         yield Fault(field, "the last turn must be the user's or the assistant's")
 
 
-def _message_faults(message: Any, field: str, base: Path | None, check_files: bool) -> Iterator[Fault]:
+def _message_faults(
+    message: Any, field: str, base: Path | None, check_files: bool, decoded: bool
+) -> Iterator[Fault]:
+    """The faults of a turn; `decoded` where a model has written it."""
     if not isinstance(message, Mapping):
         yield Fault(field, f"must be an object with `role` and `content`, not {shown(message)}")
         return
@@ -131,7 +134,7 @@ def _message_faults(message: Any, field: str, base: Path | None, check_files: bo
         yield Fault(f"{field}.content", "has no parts")
     else:
         for index, part in enumerate(content):
-            yield from _part_faults(part, f"{field}.content[{index}]", role, base, check_files)
+            yield from _part_faults(part, f"{field}.content[{index}]", role, base, check_files, decoded)
 
 
 def text_faults(text: Any, field: str) -> Iterator[Fault]:
@@ -139,7 +142,9 @@ def text_faults(text: Any, field: str) -> Iterator[Fault]:
         yield Fault(field, message)
 
 
-def _part_faults(part: Any, field: str, role: Any, base: Path | None, check_files: bool) -> Iterator[Fault]:
+def _part_faults(
+    part: Any, field: str, role: Any, base: Path | None, check_files: bool, decoded: bool
+) -> Iterator[Fault]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind in PART_KEYS:
         yield from _unknown_keys(part, kind, field)
@@ -153,7 +158,7 @@ def _part_faults(part: Any, field: str, role: Any, base: Path | None, check_file
         else:
             yield from text_faults(part["text"], f"{field}.text")
     elif kind == "latent":
-        yield from _latent_faults(part, field, role, base, check_files)
+        yield from _latent_faults(part, field, role, base, check_files, decoded)
     else:
         value = image_value(part)
         reading = part.get("reading")
@@ -179,17 +184,18 @@ def _unknown_keys(part: Mapping[str, Any], kind: str, field: str) -> Iterator[Fa
 
 
 def _latent_faults(
-    part: Mapping[str, Any], field: str, role: Any, base: Path | None, check_files: bool
+    part: Mapping[str, Any], field: str, role: Any, base: Path | None, check_files: bool, decoded: bool
 ) -> Iterator[Fault]:
     if role in ROLES and role != "assistant":
         yield Fault(field, f"a latent span can only stand in an assistant turn, not in a {role} turn")
     helper, k, packed, regions = (part.get(key) for key in ("helper", "k", "latents", "regions"))
-    if helper is None and packed is None and regions is None:
+    least = 0 if decoded else 1  # a model may close a span, or be cut off, before it has thought
+    if helper is None and packed is None and regions is None and not (decoded and k is not None):
         yield Fault(f"{field}.helper", "is missing; a latent span needs its helper image to be learnt from")
     elif helper is not None and (message := picture_fault(helper, base, check_files)):
         yield Fault(f"{field}.helper", message)
-    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-        yield Fault(f"{field}.k", f"must be a whole number of at least 1, not {shown(k)}")
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < least):
+        yield Fault(f"{field}.k", f"must be a whole number of at least {least}, not {shown(k)}")
         k = None
     if regions is not None:
         if message := _regions_fault(regions):
@@ -197,7 +203,7 @@ def _latent_faults(
         elif k is not None and len(regions) != k:
             yield Fault(f"{field}.k", f"is {k}, but there are {len(regions)} regions")
     if packed is not None:
-        if message := _latents_fault(packed):
+        if message := latents_fault(packed):
             yield Fault(f"{field}.latents", message)
         elif k is not None and packed["shape"][0] != k:
             yield Fault(f"{field}.k", f"is {k}, but the span holds {packed['shape'][0]} latents")
@@ -219,35 +225,6 @@ def _regions_fault(regions: Any) -> str | None:
 def _is_box(box: tuple[float, ...]) -> bool:
     left, top, right, bottom = box
     return 0 <= left < right <= 1 and 0 <= top < bottom <= 1
-
-
-def _latents_fault(packed: Any) -> str | None:
-    if not isinstance(packed, Mapping):
-        return f"must be an object with `shape`, `dtype` and `data`, not {shown(packed)}"
-    shape, dtype, data = packed.get("shape"), packed.get("dtype"), packed.get("data")
-    sizes = shape if isinstance(shape, list) else []
-    if len(sizes) != 2 or not all(type(size) is int and size >= 0 for size in sizes):
-        return f"must have the shape [k, width], not {shown(shape)}"
-    if dtype != "float32":
-        return f"must have the dtype 'float32', not {shown(dtype)}"
-    try:
-        size = len(base64.b64decode(data if isinstance(data, str) else "?", validate=True))
-    except ValueError:
-        return "must hold base64 under `data`"
-    expected = 4 * sizes[0] * sizes[1]
-    return None if size == expected else f"must hold {expected} bytes for the shape {shape}, not {size}"
-
-
-def _decoding_faults(decoding: Any) -> Iterator[Fault]:
-    if not isinstance(decoding, Mapping):
-        yield Fault("decoding", f"must be an object, not {shown(decoding)}")
-        return
-    ids, reason = decoding.get("token_ids"), decoding.get("finish_reason")
-    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
-        yield Fault("decoding.token_ids", f"must be a list of token ids, not {shown(ids)}")
-    if reason not in FINISH_REASONS:
-        problem = f"must be one of {', '.join(FINISH_REASONS)}, not {shown(reason)}"
-        yield Fault("decoding.finish_reason", problem)
 
 
 def image_value(part: Mapping[str, Any]) -> Any:

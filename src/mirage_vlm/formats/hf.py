@@ -73,7 +73,12 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
             "answer": text,
             "answers": [text],
             "meta": text,
-            "decoding": {"token_ids": [number], "finish_reason": text},
+            "decoding": {
+                "token_ids": [number],
+                "finish_reason": text,
+                "logprobs": [datasets.Value("float64")],
+                "stop_id": number,
+            },
         }
     )
     rows = [_to_row(trajectory) for trajectory in trajectories]
@@ -103,8 +108,16 @@ def _to_row(trajectory: Trajectory) -> dict[str, Any]:
         "answer": trajectory.answer if isinstance(trajectory.answer, str) else None,
         "answers": list(trajectory.answer) if isinstance(trajectory.answer, tuple) else None,
         "meta": meta,
-        "decoding": record.get("decoding"),
+        "decoding": _decoding_cell(record.get("decoding")),
     }
+
+
+def _decoding_cell(decoding: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a record has under `decoding`, with log-probabilities that are numbers: a column has one type."""
+    if decoding is None or decoding.get("logprobs") is None:
+        return decoding
+    chances = [None if chance is None else float(chance) for chance in decoding["logprobs"]]
+    return {**decoding, "logprobs": chances}
 
 
 def _to_cell(image: Image | None) -> dict[str, Any] | None:
