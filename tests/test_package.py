@@ -24,6 +24,7 @@ MAX_LINES = 400
 # Imports run downward or sideways, never upward. `mirage_vlm` itself only re-exports, lazily.
 FLOORS = {
     "errors": 0,
+    "values": 0,
     "settings": 0,
     "strict_yaml": 0,
     "differences": 0,

@@ -9,21 +9,21 @@ import typing
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
-from mirage_vlm.formats.pictures import from_bytes
+from mirage_vlm.formats.asked import messages_of
+from mirage_vlm.formats.asked import picture as picture
 from mirage_vlm.modeling import LatentVLM
 from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.modeling.config import LIMITS, check_limits
-from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory
+from mirage_vlm.trajectory import LatentSpan, Message, Text, Trajectory
 
-DECODING = {"max_spans", "max_latents", "stop_rule", "evict_images", "latent_size", "latent_noise", "top_k", "top_p"}
+DECODING = {"spans", "span_after", "max_spans", "max_latents", "stop_rule", "evict_images", "latent_size"}
+DECODING |= {"latent_noise", "top_k", "top_p"}
 LENGTHS = ("max_new_tokens", "max_gen_toks", "max_tokens")  # names that tasks use for one thing
 ONE = ("num_beams", "num_return_sequences", "n")
 HARNESS_STOP = "\n\n"  # what lmms-eval puts in where a task names no stop string
@@ -43,7 +43,7 @@ class ModelArgs:
         min_pixels, max_pixels: limits of the image processor; None takes the checkpoint's.
         max_rows, max_batch_tokens, cache_dtype, native, compile: as in `EngineConfig`.
         latents: k of a span; None takes the checkpoint's.
-        stop_rule, max_spans, max_latents, evict_images: as in `GenerationConfig`.
+        spans, span_after, stop_rule, max_spans, max_latents, evict_images: as in `GenerationConfig`.
         max_new_tokens: most positions of a response, latents included.
         temperature, top_p, top_k: of sampling; 0 is greedy.
         seed: of sampling. What is drawn for a request depends on it and on the request's name alone.
@@ -67,6 +67,8 @@ class ModelArgs:
     native: bool = True
     compile: bool = False
     latents: int | None = None
+    spans: str = "free"
+    span_after: str | None = None
     stop_rule: str | None = None
     max_spans: int | None = None
     max_latents: int | None = None
@@ -169,6 +171,8 @@ def generation(args: ModelArgs, wanted: Mapping[str, Any], *names: object) -> tu
             chosen["max_new_tokens"] = _value(name, int, said[name])
             break
     chosen |= {name: _value(name, hints[name], said[name]) for name in DECODING if name in said}
+    if "span_after" not in said and chosen["spans"] != "forced":
+        chosen["span_after"] = None  # of a default that the request overrules
     sampled = _value("do_sample", bool, said["do_sample"]) if "do_sample" in said else None
     if sampled is False:
         chosen["temperature"] = 0.0
@@ -202,49 +206,18 @@ def conversation(turns: Sequence[Mapping[str, Any]], system: str | None = None) 
     """Chat messages of a harness as ours.
 
     Args:
-        turns: `{"role": …, "content": …}` with text, or a list of parts: text as `{"type": "text", "text" or "value":
-            …}`, a picture as `{"type": "image", "url", "image" or "value": …}`.
+        turns: as for `messages_of`.
         system: a system prompt for a conversation that has none.
 
     Raises:
         MirageError: a part is neither text nor a picture, or the last turn is not the user's.
     """
-    messages = []
-    for turn in turns:
-        content = turn["content"]
-        parts = [content] if isinstance(content, str | Mapping) else content
-        messages.append(Message(turn["role"], tuple(map(_segment, parts))))
+    messages = list(messages_of(turns))
     if not messages or messages[-1].role != "user":
         raise MirageError("a conversation must end with the user's turn: an answer cannot be begun for the model")
     if system and messages[0].role != "system":
         messages.insert(0, Message("system", (Text(system),)))
     return tuple(messages)
-
-
-def _segment(part: str | Mapping[str, Any]) -> Segment:
-    if isinstance(part, str):
-        return Text(part)
-    kind = part.get("type")
-    if kind == "text":
-        return Text(part["text"] if "text" in part else part["value"])
-    if kind in ("image", "image_url"):
-        return picture(next(part[name] for name in ("url", "image", "image_url", "value") if name in part))
-    raise MirageError(f"only text and pictures can be read; this request holds {kind!r}")
-
-
-def picture(source: Any) -> Image:
-    """A picture as harnesses hand it over: PIL, bytes, a path, a file, http(s) or data URL, or a dict with one of them.
-
-    Raises:
-        MirageError: it is none of these.
-    """
-    if isinstance(source, Mapping):  # of the `datasets` library, or of OpenAI's messages
-        source = next((source[name] for name in ("bytes", "path", "url") if source.get(name)), None)
-    if isinstance(source, bytes):
-        return from_bytes(source)
-    if isinstance(source, PIL.Image.Image | Path | str):
-        return Image(source)
-    raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:

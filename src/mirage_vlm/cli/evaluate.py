@@ -12,6 +12,8 @@ from mirage_vlm.cli.data import Style
 from mirage_vlm.cli.options import (
     MaxPixels,
     MinPixels,
+    SpanAfter,
+    Spans,
     levels_of,
     load_model,
     new_table,
@@ -49,6 +51,8 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option()] = 0,
+    spans: Spans = "free",
+    span_after: SpanAfter = None,
     batch_size: Annotated[int, typer.Option(help="Most responses decoded together.")] = 64,
     max_batch_tokens: Annotated[
         int | None, typer.Option(help="Most positions in the key-value cache; half of the free memory by default.")
@@ -99,7 +103,15 @@ def evaluate(
     if lmms is not None and (out is None or trajectories is None):
         raise MirageError("--lmms is written from the results and the trajectories: add --out and --trajectories")
     settings = Settings(
-        GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            spans=spans,
+            span_after=span_after,
+        ),
         EngineConfig(max_rows=batch_size, max_batch_tokens=max_batch_tokens, compile=compiled),
         names,
         seed,

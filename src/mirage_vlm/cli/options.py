@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge pictures of fewer pixels; the checkpoint's by default.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Shrink pictures of more pixels; the checkpoint's by default.")]
+Spans = Annotated[str, typer.Option(help="Latent spans: free, forced (the model must think) or none.")]
+SpanAfter = Annotated[
+    str | None, typer.Option(help="With --spans forced: open the span after this text; at the start without.")
+]
 
 
 def levels_of(text: str | None) -> tuple[int, ...] | None:

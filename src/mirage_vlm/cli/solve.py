@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import MaxPixels, MinPixels, load_model
+from mirage_vlm.cli.options import MaxPixels, MinPixels, SpanAfter, Spans, load_model
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -33,14 +33,25 @@ def solve(
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    spans: Spans = "free",
+    span_after: SpanAfter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question about a picture."""
+    from mirage_vlm.decoding import GenerationConfig
     from mirage_vlm.tasks import get_task
     from mirage_vlm.tasks.base import boxed
     from mirage_vlm.tasks.render import resize_cells
     from mirage_vlm.trajectory import Image, Trajectory, user_turn
 
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        spans=spans,
+        span_after=span_after,
+        return_latents=False,
+    )
     picture = Image(image).load()
     if question is not None:
         prompt: tuple[Message, ...] = (user_turn(Image(picture), question),)
@@ -53,9 +64,7 @@ def solve(
         details = {} if plan is None else {"plan": plan}
         prompt = chosen.prompt(Image(scaled), style.written, **details)
     vlm = load_model(model, min_pixels=min_pixels, max_pixels=max_pixels)
-    found = vlm.generate(
-        [Trajectory(prompt)], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, return_latents=False
-    )[0]
+    found = vlm.generate([Trajectory(prompt)], generation)[0]
     if as_json:
         typer.echo(json.dumps(_summary(found, boxed(found.text), model)))
         return

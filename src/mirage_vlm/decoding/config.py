@@ -11,12 +11,11 @@ import torch
 
 from mirage_vlm import values
 from mirage_vlm.errors import MirageError
-from mirage_vlm.modeling.config import STOP_RULES
+from mirage_vlm.modeling.config import LONGEST_MARK, STOP_RULES, LatentConfig
 from mirage_vlm.values import INT64
 
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 SPANS = ("free", "forced", "none")
-LONGEST_MARK = 255  # bytes of a text after which a span is opened
 LatentHook = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 
 
@@ -30,8 +29,8 @@ class GenerationConfig:
             span is its start and its end, and nothing is thought between them.
         stop_rule: `fixed` (k latents, then `latent_end`) or `learned` (the model chooses between one more latent
             and `latent_end`); None takes the checkpoint's.
-        spans: `free` (the model opens a span when it wants to), `forced` (one is opened for it, at the response's start or
-            after `span_after`; more are its own choice) or `none` (it cannot open any).
+        spans: `free` (the model opens a span when it wants to), `forced` (one is opened for it, at the response's
+            start or after `span_after`; more are its own choice) or `none` (it cannot open any).
         span_after: with `forced`, the text after which the span is opened: behind the token with which the response's
             text, spans left out, holds it for the first time. A response that never says it gets no forced span.
         max_spans: most spans of a response; the model cannot open more. One that is still to be forced counts already.
@@ -79,8 +78,11 @@ class GenerationConfig:
         for name, least in (("max_new_tokens", 1), ("n", 1), ("latent_size", 0), ("max_spans", 0), ("max_latents", 0)):
             self._keep(name, values.whole, least)
         self._check_sampling()
-        self._keep("seed", values.whole, -INT64 - 1)
-        self._keep("seeds", values.wholes, -INT64 - 1)
+        for name, check in (("seed", values.whole), ("seeds", values.wholes)):
+            try:
+                self._keep(name, check, -INT64 - 1)
+            except MirageError as fault:
+                raise MirageError(f"{fault}; seeds must fit into 64 bits") from fault
         for name in ("evict_images", "logprobs", "return_latents"):
             self._keep(name, values.truth)
         if self.stop_rule is not None and self.stop_rule not in STOP_RULES:
@@ -134,6 +136,33 @@ class GenerationConfig:
     def most_spans(self) -> int | None:
         """Most spans of a response; None = no limit."""
         return 0 if self.spans == "none" else self.max_spans
+
+    def check_room(self, latent: LatentConfig) -> None:
+        """A span that is to be forced must have room for the latents that a model's spans have.
+
+        Raises:
+            MirageError: it has not.
+        """
+        size = latent.latent_size if self.latent_size is None else self.latent_size
+        needed = min(size, 1) if (self.stop_rule or latent.stop_rule) == "learned" else size
+        if self.spans == "forced" and self.max_latents is not None and self.max_latents < needed:
+            raise MirageError(
+                f"max_latents is {self.max_latents}, but spans is 'forced' and a span takes {needed}: raise it to "
+                f"{needed} or more, or lower latent_size"
+            )
+
+    def response_seeds(self) -> list[int]:
+        """A seed for each of the n responses to one prompt.
+
+        Raises:
+            MirageError: `seeds` are not so many, or one does not fit into 64 bits.
+        """
+        seeds = [self.seed + i for i in range(self.n)] if self.seeds is None else list(self.seeds)
+        if len(seeds) != self.n:
+            raise MirageError(f"got {len(seeds)} seeds for {self.n} responses")
+        if not all(-(2**63) <= seed < 2**63 for seed in seeds):
+            raise MirageError(f"seeds must fit into 64 bits: {', '.join(map(str, seeds))}")
+        return seeds
 
     def changed(self, changes: Mapping[str, Any]) -> GenerationConfig:
         """This with other values of some fields.

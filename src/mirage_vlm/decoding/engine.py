@@ -26,7 +26,8 @@ from mirage_vlm.decoding.response import Event, Response
 from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
 from mirage_vlm.decoding.sampling import never_said, normals
 from mirage_vlm.errors import MirageError
-from mirage_vlm.trajectory import Message, Trajectory
+from mirage_vlm.formats.asked import Asked, as_prompt
+from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.encoding import Pictures
@@ -89,7 +90,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: Trajectory | Sequence[Message],
+        prompt: Asked,
         config: GenerationConfig | None = None,
         *,
         replay: Trajectory | None = None,
@@ -100,7 +101,7 @@ class Engine:
         """Put a request into the queue.
 
         Args:
-            prompt: a trajectory, whose response is ignored, or bare messages.
+            prompt: a trajectory, whose response is ignored, or a conversation; see `mirage_vlm.formats.asked`.
             config: how to decode.
             replay: a decoded trajectory; its tokens are consumed again instead of chosen ones, and its latents
                 instead of the model's own where it holds them. With `logprobs=True` the result says how likely
@@ -119,19 +120,15 @@ class Engine:
         config = checked(config, GenerationConfig, "config").changed(changes)
         if config.evict_images is None:
             config = replace(config, evict_images=self.vlm.config.evict_images)
-        source = prompt if isinstance(prompt, Trajectory) else Trajectory(tuple(prompt))
+        source = as_prompt(prompt)
         if replay is not None:
-            if replay.decoding is None:
+            if not isinstance(replay, Trajectory) or replay.decoding is None:
                 raise MirageError("only a decoded trajectory can be replayed; this one has no token ids")
             if not (forced := forced_tokens(self.vlm, replay)):
                 raise MirageError("an empty response cannot be replayed")
             config = replace(config, max_new_tokens=len(forced))
-        self._check_span(config)
-        seeds = [config.seed + i for i in range(config.n)] if config.seeds is None else list(config.seeds)
-        if len(seeds) != config.n:
-            raise MirageError(f"got {len(seeds)} seeds for {config.n} responses")
-        if not all(-(2**63) <= seed < 2**63 for seed in seeds):
-            raise MirageError(f"seeds must fit into 64 bits: {', '.join(map(str, seeds))}")
+        config.check_room(self.vlm.config)
+        seeds = config.response_seeds()
         ids, pictures = encoded or self.vlm.encoder.prompt(source.prompt)
         context = self.vlm.family.max_positions
         if len(ids) + config.max_new_tokens > context:
@@ -151,22 +148,10 @@ class Engine:
         shared_prompt = Prompt(source, ids, pictures, waiting=config.n)
         for sample, seed in enumerate(seeds):
             index = next(self._responses)
-            response = Response(
-                self.vlm, config, request, sample, index, seed, shared_prompt, replay, reserved=own, quiet=quiet, mark=mark
-            )
+            response = Response(self.vlm, config, request, sample, index, seed, shared_prompt, replay)
+            response.reserved, response.quiet, response.mark = own, quiet, mark
             self.queue.append(response)
         return request
-
-    def _check_span(self, config: GenerationConfig) -> None:
-        """A span that is to be forced must have room for its latents."""
-        latent = self.vlm.config
-        size = latent.latent_size if config.latent_size is None else config.latent_size
-        needed = min(size, 1) if (config.stop_rule or latent.stop_rule) == "learned" else size
-        if config.spans == "forced" and config.max_latents is not None and config.max_latents < needed:
-            raise MirageError(
-                f"max_latents is {config.max_latents}, but spans is 'forced' and a span takes {needed}: raise it to "
-                f"{needed} or more, or lower latent_size"
-            )
 
     def cancel(self, request: int) -> None:
         """End a request; its responses finish with reason `cancelled` at the next step, with what they have."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+from mirage_vlm.decoding.config import EngineConfig, GenerationConfig, checked
 from mirage_vlm.decoding.engine import Engine
 from mirage_vlm.decoding.response import Event, Finished
 from mirage_vlm.errors import MirageError
-from mirage_vlm.trajectory import Message, Trajectory
+from mirage_vlm.formats.asked import Asked, as_prompts
+from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling.latent_vlm import LatentVLM
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def generate(
     vlm: LatentVLM,
-    prompts: Sequence[Trajectory | Sequence[Message]],
+    prompts: Asked | Iterable[Asked],
     config: GenerationConfig | None = None,
     engine: EngineConfig | None = None,
     progress: Callable[[int], None] | None = None,
@@ -26,7 +27,7 @@ def generate(
     """Decode n responses to each prompt; what a trajectory already holds as a response is ignored.
 
     Args:
-        prompts: trajectories, or bare messages.
+        prompts: trajectories, or conversations in any form of `mirage_vlm.formats.asked`; one alone is a list.
         progress: called with the number of responses that were finished.
 
     Returns:
@@ -46,7 +47,7 @@ def generate(
 
 def responses(
     vlm: LatentVLM,
-    prompts: Sequence[Trajectory | Sequence[Message]],
+    prompts: Asked | Iterable[Asked],
     config: GenerationConfig | None = None,
     engine: EngineConfig | None = None,
 ) -> Iterator[dict[int, Trajectory]]:
@@ -55,7 +56,7 @@ def responses(
     Raises:
         MirageError: as `generate`.
     """
-    config = config or GenerationConfig()
+    config, prompts = checked(config, GenerationConfig, "config"), as_prompts(prompts)
     n = config.n
     seeds = list(config.seeds) if config.seeds is not None else [config.seed + i for i in range(n * len(prompts))]
     if len(seeds) != n * len(prompts):
@@ -79,7 +80,7 @@ def responses(
 
 def stream(
     vlm: LatentVLM,
-    prompt: Trajectory | Sequence[Message],
+    prompt: Asked,
     config: GenerationConfig | None = None,
     engine: EngineConfig | None = None,
 ) -> Iterator[Event]:

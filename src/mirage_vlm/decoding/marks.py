@@ -25,8 +25,8 @@ KEPT = 16  # texts that an idle engine remembers
 class Marks:
     """The automata of an engine, one below the other in a table of states and tokens.
 
-    `table` [S, V] is the state after a token; row `DUE` leads to `DONE`, and so does `DONE`. A text's states follow from
-    where `start` says: as many as bytes of it that were said without a break.
+    `table` [S, V] is the state after a token; rows `DONE` and `DUE` lead to `DONE`. A text's states begin where `start`
+    says, and the s-th of them is for s bytes of it that were said without a break.
 
     Args:
         vlm: whose tokens.

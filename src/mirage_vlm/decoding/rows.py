@@ -239,7 +239,14 @@ class Chooser:
     @property
     def kind(self) -> tuple[int, ...]:
         """What its work depends on beside sizes."""
-        return 0 if self.marks is None else self.marks.version, self.limited, self.learned, self.sampled, self.restricted, self.scored
+        return (
+            0 if self.marks is None else self.marks.version,
+            self.limited,
+            self.learned,
+            self.sampled,
+            self.restricted,
+            self.scored,
+        )
 
     def __call__(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose, write down, and move every row's state on.

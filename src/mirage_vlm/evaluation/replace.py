@@ -167,7 +167,7 @@ REPLACEMENTS: dict[str, Replacement] = {
         matched=True,
     ),
     "markers": Replacement("start and end, nothing between", changes={"latent_size": 0}),
-    "remove": Replacement("no span", changes={"max_spans": 0}),
+    "remove": Replacement("no span", changes={"spans": "none", "span_after": None}),
 }
 
 

@@ -262,6 +262,7 @@ def _finished(run: Run, settings: Settings, known: Mapping[str, Any]) -> dict[st
     found = load_results(run.out)
     there = {key: found.get(key) for key in DEPENDS_ON}
     there["engine"] = _engine(there["engine"] or {})
+    there["generation"] = {"spans": "free", **(there["generation"] or {})}  # which older results do not say
     lacking = list(differences(there, json.loads(json.dumps(known))))
     lacking += [f"{name} is not in it" for name in settings.replacements if name not in found.get("replacements", {})]
     if run.trajectories is not None and not run.trajectories.exists():

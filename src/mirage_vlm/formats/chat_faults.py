@@ -115,9 +115,7 @@ def _order_faults(messages: list[Any]) -> Iterator[Fault]:
         yield Fault(field, "the last turn must be the user's or the assistant's")
 
 
-def _message_faults(
-    message: Any, field: str, base: Path | None, check_files: bool, decoded: bool
-) -> Iterator[Fault]:
+def _message_faults(message: Any, field: str, base: Path | None, check_files: bool, decoded: bool) -> Iterator[Fault]:
     """The faults of a turn; `decoded` where a model has written it."""
     if not isinstance(message, Mapping):
         yield Fault(field, f"must be an object with `role` and `content`, not {shown(message)}")

@@ -41,8 +41,8 @@ def decoding_faults(decoding: Any) -> Iterator[Fault]:
         yield Fault("decoding", f"must be an object, not {shown(decoding)}")
         return
     ids, reason, chances, stop = (decoding.get(key) for key in ("token_ids", "finish_reason", "logprobs", "stop_id"))
-    known = isinstance(ids, list) and all(_is_id(token) for token in ids)
-    if not known:
+    known = ids if isinstance(ids, list) and all(map(_is_id, ids)) else None
+    if known is None:
         yield Fault("decoding.token_ids", f"must be a list of token ids, not {shown(ids)}")
     if not isinstance(reason, str) or reason not in FINISH_REASONS:
         yield Fault("decoding.finish_reason", f"must be one of {', '.join(FINISH_REASONS)}, not {shown(reason)}")
@@ -57,9 +57,11 @@ def decoding_faults(decoding: Any) -> Iterator[Fault]:
         return
     for place, chance in enumerate(chances):
         if not _is_chance(chance):
-            yield Fault(f"decoding.logprobs[{place}]", f'must be a number up to 0, "{NEVER}" or null, not {shown(chance)}')
+            yield Fault(
+                f"decoding.logprobs[{place}]", f'must be a number up to 0, "{NEVER}" or null, not {shown(chance)}'
+            )
             return
-    if known and (expected := len(ids) + (reason == "stop")) != len(chances):
+    if known is not None and (expected := len(known) + (reason == "stop")) != len(chances):
         more = " and the end of turn" if reason == "stop" else ""
         problem = f"must have {expected} entries, one for each token{more}, not {len(chances)}"
         yield Fault("decoding.logprobs", problem)

@@ -14,6 +14,7 @@ LATENT_END = "<|latent_end|>"
 LATENT_TOKENS = (LATENT_START, LATENT_PAD, LATENT_END)
 
 STOP_RULES = ("fixed", "learned")
+LONGEST_MARK = 255  # bytes of a text after which a span is opened on demand
 TARGETS = ("helper", "prompt")
 
 # field of LatentConfig -> key of config.json; the first five are those of the reference implementation

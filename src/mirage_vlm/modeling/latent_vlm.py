@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -19,11 +18,12 @@ from mirage_vlm.modeling.limits import limited
 from mirage_vlm.modeling.pooling import Targets, build_pooling, patch_boxes, region_averages, with_places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from mirage_vlm.decoding.config import EngineConfig, GenerationConfig
+    from mirage_vlm.decoding.config import EngineConfig, GenerationChanges, GenerationConfig
     from mirage_vlm.decoding.response import Event
-    from mirage_vlm.trajectory import Message, Trajectory
+    from mirage_vlm.formats.asked import Asked
+    from mirage_vlm.trajectory import Trajectory
 
 
 class LatentVLM(Pretrained):
@@ -233,30 +233,32 @@ class LatentVLM(Pretrained):
 
     def generate(
         self,
-        prompts: Sequence[Trajectory | Sequence[Message]],
+        prompts: Asked | Iterable[Asked],
         config: GenerationConfig | None = None,
         *,
         engine: EngineConfig | None = None,
-        **changes: Any,
+        **changes: Unpack[GenerationChanges],
     ) -> list[Trajectory]:
         """Decode a response to each prompt; see `mirage_vlm.decoding.generate`.
 
+        `prompts` are trajectories, or conversations in any form of `mirage_vlm.formats.asked`: messages, chat
+        dictionaries, a text, or a picture and a text. Of a single one the answer is a list with one trajectory too.
         `changes` are fields of `GenerationConfig`, for example `max_new_tokens=128, temperature=0.7, seed=1`;
         `engine` says how many rows and how much memory may be used.
         """
-        from mirage_vlm.decoding.generate import GenerationConfig, generate
+        from mirage_vlm.decoding.generate import GenerationConfig, checked, generate
 
-        return generate(self, prompts, replace(config or GenerationConfig(), **changes), engine)
+        return generate(self, prompts, checked(config, GenerationConfig, "config").changed(changes), engine)
 
     def stream(
         self,
-        prompt: Trajectory | Sequence[Message],
+        prompt: Asked,
         config: GenerationConfig | None = None,
         *,
         engine: EngineConfig | None = None,
-        **changes: Any,
+        **changes: Unpack[GenerationChanges],
     ) -> Iterator[Event]:
         """Decode one prompt and yield what happens as it happens; see `mirage_vlm.decoding.stream`."""
-        from mirage_vlm.decoding.generate import GenerationConfig, stream
+        from mirage_vlm.decoding.generate import GenerationConfig, checked, stream
 
-        return stream(self, prompt, replace(config or GenerationConfig(), **changes), engine)
+        return stream(self, prompt, checked(config, GenerationConfig, "config").changed(changes), engine)

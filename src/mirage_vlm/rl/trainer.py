@@ -112,7 +112,8 @@ class LatentGRPO(Checkpoints, GRPOTrainer):
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
             latent_noise=rl.latent_noise,
-            max_spans=0 if rl.spans == "none" else None,
+            spans=rl.spans if rl.spans in ("forced", "none") else "free",
+            span_after=rl.span_after,
             evict_images=self.recipe.train.visibility == "evict",
         )
         asked: dict[str, Trajectory] = {}

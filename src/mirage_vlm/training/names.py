@@ -18,7 +18,7 @@ SCHEDULERS = (
 )
 STAGES = ("sft", "stage1", "stage2", "grpo")
 LATENTS = ("replay", "reroll", "gaussian")
-SPANS = ("free", "required", "none")
+SPANS = ("free", "required", "forced", "none")
 RL_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 SCALES = ("group", "batch", "none")
 NON_FINITE = ("stop", "skip")

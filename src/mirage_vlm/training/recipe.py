@@ -187,7 +187,8 @@ class RLRecipe:
             `scale_rewards`.
         rewards: what a response is worth, added up.
         spans: `free`; `required` (a run in whose first step no response thinks is refused, later ones are warned of);
-            `none` (the model cannot open any: GRPO on text, for comparison).
+            `forced` (one is opened for the model, at the start or after the text `span_after`, and that is no action
+            of the policy's); `none` (the model cannot open any: GRPO on text, for comparison).
     """
 
     n: int = 5
@@ -202,6 +203,7 @@ class RLRecipe:
     scale: str = "group"
     rewards: tuple[RewardRecipe, ...] = (RewardRecipe("accuracy", 0.9), RewardRecipe("format", 0.1))
     spans: str = "free"
+    span_after: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import resolve
-from mirage_vlm.modeling.config import LIMITS, STOP_RULES, TARGETS
+from mirage_vlm.modeling.config import LIMITS, LONGEST_MARK, STOP_RULES, TARGETS
 from mirage_vlm.modeling.names import FEEDBACK_NAMES, POOLING_NAMES
 from mirage_vlm.settings import Where
 from mirage_vlm.tasks import get_task
@@ -200,6 +200,14 @@ def check_rl(recipe: Recipe, require: Require, one_of: OneOf) -> None:
         return
     one_of(rl.latents, "rl.latents", LATENTS)
     one_of(rl.spans, "rl.spans", SPANS)
+    after = rl.span_after is None or (
+        rl.spans == "forced" and 0 < len(rl.span_after.encode(errors="replace")) <= LONGEST_MARK
+    )
+    require(
+        after,
+        "rl.span_after",
+        f"is the text, of 1 to {LONGEST_MARK} bytes, after which a span of rl.spans: forced opens",
+    )
     one_of(rl.loss, "rl.loss", RL_LOSSES)
     one_of(rl.scale, "rl.scale", SCALES)
     require(rl.n > 1, "rl.n", "the advantage is taken among the responses to a prompt; ask for two or more")
