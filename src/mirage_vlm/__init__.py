@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mirage_vlm import formats
+    from mirage_vlm import formats as formats
     from mirage_vlm.decoding import Engine, EngineConfig, GenerationConfig
     from mirage_vlm.errors import MirageError
     from mirage_vlm.modeling import LatentVLM
@@ -39,7 +39,6 @@ __all__ = [
     "Text",
     "Trajectory",
     "assistant_turn",
-    "formats",
     "user_turn",
 ]
 
@@ -71,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "formats"})

@@ -30,7 +30,7 @@ def prompts() -> list[Trajectory]:
 
 @pytest.fixture(scope="module")
 def texts(tiny, prompts) -> list[str]:
-    """For each prompt a text that the model says by itself: from the middle of a token into the middle of a later one."""
+    """For each prompt a text that the model says by itself, mostly without its first and its last letter."""
     found = []
     for row in tiny.generate(prompts, max_new_tokens=TOKENS, spans="none"):
         text = max(row.text.split("\N{REPLACEMENT CHARACTER}"), key=len)

@@ -135,7 +135,7 @@ def messages_of(turns: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
         try:
             messages.append(Message(role, tuple(map(segment, parts))))
         except MirageError as fault:
-            raise MirageError(f"messages[{i}].content: {fault}") from fault
+            raise MirageError(f"{fault} (messages[{i}].content)") from fault
     return tuple(messages)
 
 
