@@ -171,7 +171,7 @@ def generation(args: ModelArgs, wanted: Mapping[str, Any], *names: object) -> tu
             chosen["max_new_tokens"] = _value(name, int, said[name])
             break
     chosen |= {name: _value(name, hints[name], said[name]) for name in DECODING if name in said}
-    if "span_after" not in said and chosen["spans"] != "forced":
+    if "spans" in said and "span_after" not in said and chosen["spans"] != "forced":
         chosen["span_after"] = None  # of a default that the request overrules
     sampled = _value("do_sample", bool, said["do_sample"]) if "do_sample" in said else None
     if sampled is False:

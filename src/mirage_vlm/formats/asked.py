@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import PIL.Image
 
@@ -14,6 +14,7 @@ from mirage_vlm.formats.chat_faults import ROLES
 from mirage_vlm.formats.faults import shown
 from mirage_vlm.formats.pictures import from_bytes
 from mirage_vlm.formats.records import from_record
+from mirage_vlm.pictures import is_array
 from mirage_vlm.trajectory import Image, LatentSpan, Message, Segment, Text, Trajectory, user_turn
 
 Asked: TypeAlias = Trajectory | Message | Mapping[str, Any] | str | Sequence[Any]
@@ -50,7 +51,7 @@ def as_prompts(asked: Any) -> Sequence[Any]:
         return found
     if isinstance(asked, Trajectory | Message | Mapping | str) or _is_picture(asked):
         return [as_prompt(asked)]
-    if hasattr(asked, "__len__") and hasattr(asked, "__getitem__") and not isinstance(asked, bytearray):
+    if hasattr(asked, "__len__") and hasattr(asked, "__getitem__"):
         return asked
     if isinstance(asked, Iterator):
         return as_prompts(list(asked))
@@ -180,16 +181,14 @@ def picture(source: Any) -> Image:
     if isinstance(source, bytes):
         return from_bytes(source)
     if isinstance(source, str):
-        return Image(source.removeprefix("file://"))
-    if isinstance(source, PIL.Image.Image | Path):
         return Image(source)
+    if isinstance(source, Path) or _is_picture(source):
+        return cast("Image", user_turn(source).segments[0])
     raise MirageError(f"a picture must be a PIL image, bytes, a path or a URL, not {type(source).__name__}")
 
 
 def _checked(asked: Trajectory) -> Trajectory:
     """A trajectory whose prompt is made of messages, and these of segments: what the classes do not look at."""
-    if not asked.prompt:
-        raise MirageError(f"a prompt needs at least one turn of the user's; write {RIGHT}")
     for i, message in enumerate(asked.messages):
         if not isinstance(message, Message):
             raise MirageError(f"messages[{i}] must be a Message, not {shown(message)}; user_turn(…) makes one")
@@ -198,6 +197,8 @@ def _checked(asked: Trajectory) -> Trajectory:
             raise MirageError(
                 f"messages[{i}] holds {shown(wrong[0])}, which is no segment; user_turn(…) makes them of texts"
             )
+    if not asked.prompt:
+        raise MirageError(f"a prompt needs at least one turn of the user's; write {RIGHT}")
     return asked
 
 
@@ -216,7 +217,7 @@ def _has(item: Any, key: str) -> bool:
 
 
 def _is_picture(item: Any) -> bool:
-    return isinstance(item, PIL.Image.Image | Image | Path | bytes) or hasattr(item, "__array_interface__")
+    return isinstance(item, PIL.Image.Image | Image | Path | bytes | bytearray | memoryview) or is_array(item)
 
 
 def _names_picture(text: str) -> bool:
