@@ -183,6 +183,16 @@ def test_importing_is_light(statement):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_names_at_the_root():
+    """What examples import; `formats` is a part of the package and no name of a class."""
+    from mirage_vlm import EngineConfig, GenerationConfig, formats, user_turn
+
+    assert formats.read_data and user_turn and EngineConfig and GenerationConfig
+    assert {"formats", "user_turn", "GenerationConfig"} <= set(dir(mirage_vlm))
+    code = "import sys, mirage_vlm; assert mirage_vlm.formats.read_data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_exports():
     for name in mirage_vlm.__all__:
         assert getattr(mirage_vlm, name).__name__ == name

@@ -7,6 +7,7 @@ import typing
 from dataclasses import fields
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -102,7 +103,7 @@ def test_the_checks_say_what_they_want():
         with pytest.raises(MirageError) as fault:
             check("x", value)
         assert str(fault.value) == message
-    with pytest.raises(MirageError, match="x must be above 0 and at most 1: 2.0"):
+    with pytest.raises(MirageError, match=r"x must be above 0 and at most 1: 2\.0"):
         values.real("x", 2, most=1, above=0)
     with pytest.raises(MirageError, match="x must be at least 3: 2"):
         values.whole("x", 2, 3)
@@ -128,7 +129,11 @@ def type_of_model():
 def test_a_setting_that_is_not_there_is_named(tiny):
     with pytest.raises(MirageError, match="'max_new_token'; did you mean 'max_new_tokens'"):
         tiny.generate("Go", max_new_token=8)
-    for call in (lambda: tiny.generate("Go", 8), lambda: list(tiny.stream("Go", {"n": 1})), lambda: tiny.generate("Go", engine=4)):  # fmt: skip
+    for call in (
+        lambda: tiny.generate("Go", 8),
+        lambda: list(tiny.stream("Go", {"n": 1})),
+        lambda: tiny.generate("Go", engine=4),
+    ):
         with pytest.raises(MirageError, match=r"must be made by (Generation|Engine)Config\(…\), not"):
             call()
 
@@ -182,11 +187,13 @@ def test_spans_of_harnesses():
         (["eval", "--task", "vsp-planning", "--span-after", "x"], "set spans to 'forced' as well"),
         (["eval", "--task", "vsp-planning", "--spans", "often"], "spans must be one of free, forced, none"),
         (["eval", "--task", "vsp-planning", "--seed", str(2**64)], "seed"),
-        (["solve", "x.png", "--temperature", "inf"], "temperature"),
-        (["solve", "x.png", "--max-new-tokens", "0"], "max_new_tokens"),
-        (["solve", "x.png", "--spans", "all"], "spans must be one of"),
+        (["solve", "x.png", "--question", "?", "--temperature", "inf"], "temperature"),
+        (["solve", "x.png", "--question", "?", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["solve", "x.png", "--question", "?", "--spans", "all"], "spans must be one of"),
     ],
 )
-def test_options_of_the_command_line(arguments, message):
+def test_options_of_the_command_line(arguments, message, tmp_path, monkeypatch):
+    PIL.Image.new("RGB", (96, 96)).save(tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)
     found = CliRunner().invoke(app, arguments)
     assert isinstance(found.exception, MirageError) and message in str(found.exception)

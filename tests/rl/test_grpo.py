@@ -176,6 +176,11 @@ def test_text_only(grpo):
     assert all(line["latent_rate"] == 0 and line["latents"] == 0 for line in lines[:3])
 
 
+def test_every_response_is_made_to_think(grpo):
+    lines = metrics(grpo("forced", "rl.spans=forced"))
+    assert all(line["latent_rate"] == 1 and line["rollout_logprob_max_abs_diff"] < 1e-4 for line in lines[:3])
+
+
 def test_the_spread_within_groups(grpo, monkeypatch):
     """Not that over all responses: here all of a group are worth the same, and the groups differ."""
     monkeypatch.setattr(LatentGRPO.__mro__[2], "_calculate_rewards", _by_prompt)
@@ -293,6 +298,12 @@ def test_data_whose_answers_cannot_be_checked(tmp_path, folder):
         (["rl.updates=3", "train.save_every=2"], "train.save_every: must be a multiple of rl.updates"),
         (["model.lora={rank: 2, dropout: 0.1}"], "model.lora.dropout: must be 0 in stage grpo"),
         (["loss={ce: 0.5}"], "loss: is of the other stages"),
+        (["rl.spans=always"], "rl.spans: 'always' is not one of free, required, forced, none"),
+        (["rl.span_after=x"], "rl.span_after: is the text"),
+        (["rl.spans=forced", 'rl.span_after=""'], "rl.span_after: is the text"),
+        (["rl.temperature=.inf"], "rl.temperature: must be a finite number"),
+        (["rl.latents=gaussian", "rl.latent_noise=.inf"], "rl.latent_noise: must be a finite number"),
+        (["rl.clip=.nan"], "rl.clip"),
         (["rl.kl=-1"], "rl.kl: must not be negative"),
         (["stage=stage2"], "rl: is what stage grpo needs, and no other has"),
         (["rl=null"], "rl: is what stage grpo needs, and no other has"),

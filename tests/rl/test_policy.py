@@ -69,6 +69,29 @@ def test_without_spans_the_policy_is_what_was_sampled_from(tiny):
     assert apart(tiny, some, thinks=False) < 1e-4 < 1e-3 < apart(tiny, some)
 
 
+@pytest.mark.parametrize("latents", ["replay", "reroll", "gaussian"])
+@pytest.mark.parametrize("changes", [{}, {"span_after": "a"}, {"stop_rule": "learned"}])
+def test_a_forced_span_is_no_action(tiny, latents, changes):
+    noise = {"latent_noise": SIGMA} if latents == "gaussian" else {}
+    some = rolled(tiny, spans="forced", **changes, **noise)
+    start = tiny.config.start_id
+    if "span_after" in changes:
+        forced = [each for each in some if (None, start) in zip(each.chances, each.completion, strict=True)]
+        assert forced and len(forced) < len(some)
+    else:
+        assert all(each.completion[0] == start and each.chances[0] is None for each in some)
+    for each in some:  # which the trainer masks
+        chosen = [chance for chance, token in zip(each.chances, each.completion, strict=True) if token == start]
+        assert chosen.count(None) <= 1
+    if latents == "gaussian":
+        for each in some:  # a latent's density is added to what was chosen there
+            pads = [token == tiny.config.pad_id for token in each.completion]
+            each.chances[:] = [None if pad else chance for pad, chance in zip(pads, each.chances, strict=True)]
+        assert apart(tiny, some, latents="gaussian", noise=SIGMA) < 1e-4
+    else:
+        assert apart(tiny, some, latents=latents) < 1e-4
+
+
 def test_whether_to_go_on_is_drawn_as_likely_as_it_is(tiny):
     """Under the learned rule, at a temperature."""
     rollouts = rolled(tiny, stop_rule="learned") + rolled(tiny, 100, stop_rule="learned")

@@ -38,20 +38,11 @@ def solve(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer a question about a picture."""
-    from mirage_vlm.decoding import GenerationConfig
     from mirage_vlm.tasks import get_task
     from mirage_vlm.tasks.base import boxed
     from mirage_vlm.tasks.render import resize_cells
     from mirage_vlm.trajectory import Image, Trajectory, user_turn
 
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        spans=spans,
-        span_after=span_after,
-        return_latents=False,
-    )
     picture = Image(image).load()
     if question is not None:
         prompt: tuple[Message, ...] = (user_turn(Image(picture), question),)
@@ -63,6 +54,16 @@ def solve(
             raise MirageError(f"{image}: {fault}; to ask something else about it, use --question") from fault
         details = {} if plan is None else {"plan": plan}
         prompt = chosen.prompt(Image(scaled), style.written, **details)
+    from mirage_vlm.decoding import GenerationConfig  # which takes seconds: the picture has been looked at before
+
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        spans=spans,
+        span_after=span_after,
+        return_latents=False,
+    )
     vlm = load_model(model, min_pixels=min_pixels, max_pixels=max_pixels)
     found = vlm.generate([Trajectory(prompt)], generation)[0]
     if as_json:
