@@ -117,8 +117,8 @@ class Decoding:
         token_ids: the response's tokens, latent positions as `latent_pad`, without the end-of-turn token.
         finish_reason: `stop` (end of turn), `length` (a limit was reached) or `cancelled`.
         logprobs: where asked for, the log-probability of each token under the model's logits / temperature (1 when
-            greedy) over the whole vocabulary, None where there was no choice; with finish reason `stop` one more, of
-            the end-of-turn token.
+            greedy) among the tokens that could be chosen there, None where there was no choice (within a span, and
+            where one was forced); with finish reason `stop` one more, of the end-of-turn token.
         stop_id: the end-of-turn token, with finish reason `stop`.
     """
 
