@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
+from mirage_vlm.adapters.messages import sampling_seed
 from mirage_vlm.evaluation.lmms_layout import write_lmms
 from mirage_vlm.formats import read_data
 from mirage_vlm.modeling import LatentVLM
+from mirage_vlm.modeling.bundled import resolve
 from mirage_vlm.trajectory import Message, Trajectory, assistant_turn, user_turn
 
 pytestmark = pytest.mark.harness
 
 HERE = Path(__file__).parent
 TASKS = HERE / "lmms_tasks"
-N, MOST = 6, 160  # maps, and positions of a response, as in the tasks
+N, MOST = 8, 160  # maps, and positions of a response, as in the tasks
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ def command(folder: Path, *words: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def lmms_eval(folder: Path, tasks: str, *more: str, args: str = "") -> Ran:
-    words = ["--model", "mirage_vlm", "--model_args", f"pretrained=bundled,device=cpu,statistics=spans.json{args}"]
+def lmms_eval(folder: Path, tasks: str, *more: str) -> Ran:
+    words = ["--model", "mirage_vlm", "--model_args", "pretrained=bundled,device=cpu,statistics=spans.json"]
     words += ["--tasks", tasks, "--include_path", str(TASKS), "--batch_size", "1"]
-    words += ["--log_samples", "--output_path", f"results-{tasks}", *more]
+    out = f"results{len([*folder.glob('results*')])}"
+    words += ["--log_samples", "--output_path", out, *more]
     printed = command(folder, "lmms_eval", *words)
-    (results,) = (folder / f"results-{tasks}").glob("*/*_results.json")
+    found = [*(folder / out).glob("*/*_results.json")]
+    assert len(found) == 1, printed  # lmms-eval ends with 0 after a fault, too
+    (results,) = found
     samples = {}
     for task in tasks.split(","):
         (path,) = results.parent.glob(f"*_samples_{task}.jsonl")
@@ -66,7 +71,7 @@ def lmms_eval(folder: Path, tasks: str, *more: str, args: str = "") -> Ran:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With `mazes/test.jsonl`, and what `mirage eval` says of it."""
     made = tmp_path_factory.mktemp("harness")
-    maps = ["--levels", "3,5,6", "--n", "0", "--n-test", str(N), "--style", "cot", "--seed", "11"]
+    maps = ["--levels", "3,4,5,6", "--n", "0", "--n-test", str(N), "--style", "cot", "--seed", "5"]
     command(made, "mirage_vlm.cli.main", "data", "make", "vsp-planning", "--out", "mazes", *maps)
     kept = ["--out", "eval.json", "--trajectories", "eval.jsonl", "--max-new-tokens", str(MOST), "--device", "cpu"]
     command(made, "mirage_vlm.cli.main", "eval", "--data", "mazes/test.jsonl", *kept)
@@ -80,7 +85,7 @@ def ran(folder: Path) -> Ran:
 
 @pytest.fixture(scope="module")
 def vlm() -> LatentVLM:
-    return LatentVLM.from_pretrained("bundled")
+    return LatentVLM.from_pretrained(resolve("bundled"))
 
 
 def prompts(folder: Path) -> list[tuple[Message, ...]]:
@@ -99,7 +104,8 @@ def test_texts_and_accuracy_are_those_of_mirage_eval(ran, folder, task):
     assert ran.resps(task) == texts
     assert [sample["right"] == 1.0 for sample in ran.samples[task]] == [item["correct"] for item in ours["items"]]
     accuracy = ran.results["results"][task]["right,none"]
-    assert accuracy == pytest.approx(ours["summary"]["accuracy"]) and accuracy > 0
+    assert accuracy == pytest.approx(ours["accuracy"])
+    assert 0 < accuracy < 1, "these maps have one that it gets wrong"
 
 
 def test_rounds_are_those_of_generate(ran, folder, vlm):
@@ -126,13 +132,11 @@ def test_latents_are_counted(ran, folder):
 
 
 def test_settings_of_the_command_line_reach_the_engine(folder, vlm):
-    """Sampled, few tokens, a stop string, other latents; and a second time, from the cache of responses."""
+    """Sampling, few tokens, a stop string, other latents."""
     settings = "max_new_tokens=40,temperature=0.9,do_sample=true,latent_size=2,until=Path"
-    more = ["--gen_kwargs", settings, "--limit", "3", "--use_cache", str(folder / "cache")]
+    more = ["--gen_kwargs", settings, "--limit", "3"]
     cut = lmms_eval(folder, "mirage_mazes", *more)
     assert len(cut.resps("mirage_mazes")) == 3
-    from mirage_vlm.adapters.messages import sampling_seed
-
     for doc_id, said in enumerate(cut.resps("mirage_mazes")):
         seed = sampling_seed(0, "mirage_mazes", "test", doc_id, 0, 0)
         asked = [prompts(folder)[doc_id]]
@@ -140,13 +144,12 @@ def test_settings_of_the_command_line_reach_the_engine(folder, vlm):
         assert said == row.text.partition("Path")[0]
 
 
-def test_the_entry_point_is_found(tmp_path):
+def test_the_entry_point_is_found():
     from lmms_eval.models import get_model
 
     from mirage_vlm.adapters.lmms_eval import MirageVLM
 
     assert get_model("mirage_vlm") is MirageVLM
-    assert "mirage_vlm" in command(tmp_path, "lmms_eval", "models")
 
 
 def test_our_own_log_has_the_layout_of_lmms_evals(ran, folder):
@@ -203,8 +206,8 @@ def test_the_stand_in_has_the_methods_of_lmms_eval(stand_in):
             theirs = inspect.signature(getattr(real, name)).parameters
             assert list(inspect.signature(getattr(ours, name)).parameters) == list(theirs), f"{ours.__name__}.{name}"
     assert list(inspect.signature(stand_in.log_metrics).parameters) == list(inspect.signature(log_metrics).parameters)
-    model = vars(stand_in.lmms())
-    assert {name for name in lmms.__abstractmethods__} <= set(vars(stand_in.lmms))
+    model = vars(bare(stand_in.lmms))
+    assert lmms.__abstractmethods__ == stand_in.lmms.__abstractmethods__
     assert set(model) == set(vars(bare(lmms))) and lmms.is_simple == stand_in.lmms.is_simple
 
 
