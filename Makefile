@@ -10,7 +10,7 @@ TESTS ?=
 PYTEST_ALL := -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-newest slow gpu bench lint format clean
+.PHONY: help setup demo test test-oldest test-newest test-harness slow gpu bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test-oldest: $(VENV)-oldest/.installed  ## the same with the oldest versions of 
 
 test-newest: $(VENV)-newest/.installed  ## the same with the newest versions, in .venv-newest/
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest $(PYTEST_ALL) $(TESTS)
+
+test-harness: $(VENV)-harness/.installed  ## run the bundled model in the real lmms-eval, in .venv-harness/
+	OMP_NUM_THREADS=1 $(VENV)-harness/bin/python -m pytest -m harness tests/harness
 
 slow: $(STAMP)  ## run the slow tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 || { status=$$?; \
@@ -49,15 +52,18 @@ format: $(STAMP)  ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments, builds and caches (the bundled model and your runs stay)
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-harness build dist .pytest_cache .ruff_cache .mypy_cache
 	find src tests \( -name __pycache__ -o -name '*.egg-info' \) -type d -prune -exec rm -rf {} +
+
+WHAT = -e '.[dev]'
 
 define build
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Python 3.11 or newer is needed; name one: make setup PYTHON=python3.12")'
 	@echo "Building $(@D)/ (a few minutes the first time) ..."
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $< -e '.[dev]'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $< $(WHAT)
+	$(if $(BESIDE),@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps -r $(BESIDE))
 	@touch $@
 endef
 
@@ -65,4 +71,9 @@ $(STAMP): constraints.txt pyproject.toml
 	$(build)
 
 $(VENV)-%/.installed: constraints-%.txt pyproject.toml
+	$(build)
+
+$(VENV)-harness/.installed: WHAT := -e . pytest pytest-timeout
+$(VENV)-harness/.installed: BESIDE := tests/harness/requirements.txt
+$(VENV)-harness/.installed: constraints.txt pyproject.toml tests/harness/requirements.txt
 	$(build)

@@ -1,9 +1,13 @@
-"""Stand-ins for lmms-eval 0.7 and VLMEvalKit: as much of their interfaces as the adapters meet, and no more."""
+"""Stand-ins for lmms-eval 0.7 and VLMEvalKit: as much of their interfaces as the adapters meet, and no more.
+
+`make test-harness` holds the first to the real one.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -14,7 +18,7 @@ import pytest
 # -- lmms-eval -------------------------------------------------------------------------------------------------------
 
 
-class lmms:
+class lmms(ABC):
     is_simple = True
 
     def __init__(self):
@@ -25,11 +29,37 @@ class lmms:
     rank = property(lambda self: self._rank)
     world_size = property(lambda self: self._world_size)
 
+    @abstractmethod
+    def loglikelihood(self, requests: Any) -> Any: ...
+
+    @abstractmethod
+    def generate_until(self, requests: Any) -> Any: ...
+
+    @abstractmethod
+    def generate_until_multi_round(self, requests: Any) -> Any: ...
+
     @classmethod
-    def create_from_arg_string(cls, text: str, more: dict[str, Any]) -> lmms:
-        """Numbers and truth values come as such, everything else as text, as the harness has it."""
-        given = dict(part.split("=", 1) for part in text.split(",") if part)
-        return cls(**{k: _plain(v) for k, v in given.items()}, **{k: v for k, v in more.items() if v is not None})
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> lmms:
+        more = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**parsed(arg_string), **more)
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Numbers and truth values come as such, all else as text, quotes with it; those and brackets keep a comma."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        else:
+            depth += (char in "{[") - (char in "}]")
+        if char == "," and not quote and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    pairs = (part.strip().split("=", 1) for part in parts if part.strip())
+    return {name: _plain(value) for name, value in pairs}
 
 
 def _plain(text: str) -> Any:
@@ -42,11 +72,13 @@ def _plain(text: str) -> Any:
 
 
 class CacheHook:
-    def __init__(self):
+    """Lmms-eval's does nothing; this one remembers."""
+
+    def __init__(self, cachinglm: Any = None):
         self.told: list[tuple[str, Any, str]] = []
 
-    def add_partial(self, kind: str, request: Any, text: str) -> None:
-        self.told.append((kind, request, text))
+    def add_partial(self, attr: str, req: Any, res: str) -> None:
+        self.told.append((attr, req, res))
 
 
 @dataclass
@@ -68,10 +100,22 @@ class Instance:
     arguments: tuple
     idx: int
     metadata: dict = field(default_factory=dict)
+    resps: list = field(default_factory=list)
+    filtered_resps: dict = field(default_factory=dict)
+    raw_filtered_resps: dict = field(default_factory=dict)
+    token_counts: list = field(default_factory=list)
+    task_name: str | None = None
+    doc_id: int | None = None
+    repeats: int | None = None
+    doc: dict | None = None
+
+    def __post_init__(self) -> None:
+        self.task_name, self.doc_id = self.metadata["task"], self.metadata["doc_id"]
+        self.repeats = self.metadata["repeats"]
 
     @property
     def args(self) -> tuple:
-        return self.arguments
+        return self.arguments if isinstance(self.arguments, tuple) else (self.arguments,)
 
 
 @dataclass(frozen=True)
@@ -80,6 +124,19 @@ class ModelManifest:
     simple_class_path: str | None = None
     chat_class_path: str | None = None
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.simple_class_path or self.chat_class_path
+
+
+def log_metrics(
+    total_elapsed_time: float,
+    total_gen_tokens: int,
+    avg_speed: float,
+    additional_metrics: dict[str, Any] | None = None,
+) -> tuple:
+    """What it was called with; lmms-eval's logs it."""
+    return total_elapsed_time, total_gen_tokens, avg_speed, additional_metrics
 
 
 class Logger:
@@ -173,7 +230,7 @@ def lmms_eval_adapter(monkeypatch: pytest.MonkeyPatch, metrics: list[tuple]) -> 
     _module(
         monkeypatch,
         "lmms_eval.models.model_utils.gen_metrics",
-        log_metrics=lambda *values: metrics.append(values),
+        log_metrics=lambda *given, **named: metrics.append(log_metrics(*given, **named)),
     )
     _module(monkeypatch, "loguru", logger=Logger())
     _module(monkeypatch, "tqdm", tqdm=Bar)

@@ -54,7 +54,8 @@ def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def instance(doc_id: int, settings: dict[str, Any] | None = None, messages: Any = doc_to_messages) -> Instance:
-    return Instance("generate_until", ("context", messages, settings, doc_id, "maze", "test"), 0)
+    arguments = ("context", messages, settings, doc_id, "maze", "test")
+    return Instance("generate_until", arguments, 0, {"task": "maze", "doc_id": doc_id, "repeats": 1})
 
 
 def prompt(doc: dict[str, Any]) -> Trajectory:

@@ -21,7 +21,9 @@ try:
     from loguru import logger
     from tqdm import tqdm
 except ImportError as fault:
-    raise MirageError(f"lmms-eval 0.7 or newer cannot be imported ({fault}): pip install 'lmms-eval>=0.7'") from fault
+    raise MirageError(
+        f"lmms-eval 0.7 or newer cannot be imported ({fault}): pip install 'mirage-vlm[lmms-eval]'"
+    ) from fault
 
 Turns = Sequence[Mapping[str, Any]]
 
