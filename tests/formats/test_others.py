@@ -242,7 +242,7 @@ def test_gzip_is_known_by_its_content(tmp_path):
         (b"PK\x03\x04rest", "is a zip file"),
         (b"\x28\xb5\x2f\xfdrest", "zstd"),
         (b"PAR1rest", "Parquet"),
-        (gzip.compress(gzip.compress(b"{}\n")), "gzip within gzip"),
+        (gzip.compress(gzip.compress(b"{}\n", mtime=0), mtime=0), "gzip within gzip"),
         (b"\n\n[\n{}\n]\n", "JSON array"),
         ('{"messages": []}\n'.encode("utf-16-le"), "NUL byte"),
         (b'{"messages": [{"ro', "the file ends within this line"),
