@@ -24,8 +24,11 @@ def limited(image_processor: Any, config: LatentConfig) -> Any:
     Raises:
         MirageError: together with what the processor says, they are none.
     """
+    given = {name: value for name in LIMITS if (value := getattr(config, name)) is not None}
+    if not given:  # a model that is only computed with may have no processor
+        return image_processor
     there = limits_of(image_processor)
-    wanted = there | {name: value for name in LIMITS if (value := getattr(config, name)) is not None}
+    wanted = there | given
     if wanted == there:
         return image_processor
     try:
