@@ -25,7 +25,7 @@ PART_KEYS = {
 }
 IMAGE_KEYS = ("image", "url", "path")  # `url` and `path` as transformers' chat templates have them
 OF_OTHERS = ("cache_control", "detail", "annotations")  # keys of parts that mean nothing here
-FINISH_REASONS = ("stop", "length")
+FINISH_REASONS = ("stop", "length", "error")
 
 
 def faults(record: Any, *, base: Path | None = None, check_files: bool = True) -> Iterator[Fault]:
