@@ -122,9 +122,6 @@ def evaluate(
     sources = open_sources(data or [], task or [], levels_of(levels), n, style, seed, limit)
     runs = plan(model or ["bundled"], sources, out, trajectories, figure)
     console = new_console(stderr=True)
-    for source in sources:
-        if (untold := count_untold(source.examples)) > 0:
-            console.print(f"note: {source.label}: {untold_note(untold)}", markup=False)
     with progress_bar(console) as bar:
         total = sum(len(run.source.examples) for run in runs) * max(1, len(names))
         work = bar.add_task("decoding", total=total)
@@ -146,6 +143,9 @@ def evaluate(
         if "replacements" in results:
             show_table(_replacements(results), shown)
             shown.print(results["verdict"], markup=False, soft_wrap=True)
+    for source in sources:
+        if (untold := count_untold(source.examples)) > 0:
+            console.print(f"note: {source.label}: {untold_note(untold)}", markup=False)
     for run in runs if lmms is not None else ():
         assert run.out is not None and run.trajectories is not None and lmms is not None
         write_lmms(run.out, run.trajectories, lmms)

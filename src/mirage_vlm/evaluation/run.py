@@ -26,6 +26,7 @@ from mirage_vlm.evaluation.evaluate import Scored, evaluate, row_of, summarise, 
 from mirage_vlm.evaluation.hashes import data_sha256, examples_sha256, model_sha256
 from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.evaluation.plots import check_figure, replacement_bars
+from mirage_vlm.evaluation.refusals import refusals, told
 from mirage_vlm.evaluation.replace import replacement_test, summarise_replacements, verdict
 from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling.bundled import resolve
@@ -293,6 +294,12 @@ def _run(
         of = len(examples) * max(1, len(names))
         failed = f", {kept.failed} of them failed (--restart tries all again)" if kept.failed else ""
         tell(f"{run.partial}: goes on after {kept.resumed} of {of} responses{failed}")
+    refused = refusals(examples, vlm.encoder)
+    if refused and settings.strict:
+        raise MirageError(told(examples, refused).summary())
+    for i, faults in refused.items():
+        if ("self", i) not in kept:
+            kept.fail("self", i, str(faults[0]))
     generation = replace(settings.generation, return_latents=run.trajectories is not None and not names)
     if names:  # which keeps the latents of `self` by itself
         replaced = replacement_test(

@@ -76,9 +76,7 @@ def _folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as fault:
-        raise MirageError(
-            f"{model}: there is no such folder, nor such a model in the local cache of the hub"
-        ) from fault
+        raise MirageError(f"{model}: there is no such folder, nor such a model in the hub's local cache") from fault
 
 
 def _json(path: Path) -> dict[str, Any]:
