@@ -115,7 +115,8 @@ class Decoding:
 
     Attributes:
         token_ids: the response's tokens, latent positions as `latent_pad`, without the end-of-turn token.
-        finish_reason: `stop` (end of turn), `length` (a limit was reached) or `cancelled`.
+        finish_reason: `stop` (end of turn), `length` (a limit was reached), `cancelled`, or `error` (of a row of an
+            evaluation that could not be decoded).
         logprobs: where asked for, the log-probability of each token under the model's logits / temperature (1 when
             greedy) among the tokens that could be chosen there, None where there was no choice (within a span, and
             where one was forced); with finish reason `stop` one more, of the end-of-turn token.

@@ -16,13 +16,13 @@ from mirage_vlm.cli.main import app
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.evaluate import Scored, evaluate, measures
+from mirage_vlm.evaluation.oracle import oracle_targets
 from mirage_vlm.evaluation.replace import (
     REPLACEMENTS,
     Material,
     Place,
     chosen,
     donors,
-    oracle_targets,
     replacement_test,
     summarise_replacements,
     verdict,

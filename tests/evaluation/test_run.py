@@ -16,7 +16,6 @@ import pytest
 from support import ragged
 from typer.testing import CliRunner
 
-from mirage_vlm.cli.data import Style
 from mirage_vlm.cli.main import app, run
 from mirage_vlm.cli.options import open_sources
 from mirage_vlm.decoding import Engine, EngineConfig, GenerationConfig
@@ -392,14 +391,14 @@ def test_a_task_beside_data_is_that_of_rows_that_have_none(tmp_path):
     rows = tmp_path / "rows.jsonl"
     question = {"messages": [{"role": "user", "content": "q"}]}
     rows.write_text("".join(json.dumps(question | more) + "\n" for more in ({"answer": "A"}, {"task": "sat"})))
-    (source,) = open_sources([rows], ["choice"], None, 5, Style.COT, 0, None)
+    (source,) = open_sources([rows], ["choice"], None, 5, "cot", 0, None)
     assert [example.task for example in source.examples] == ["choice", "sat"]
     assert source.origin == {"path": str(rows), "task": "choice", "style": "cot", "limit": None}
     with pytest.raises(MirageError, match="name one --task for them, not choice, sat"):
-        open_sources([rows], ["choice", "sat"], None, 5, Style.COT, 0, None)
+        open_sources([rows], ["choice", "sat"], None, 5, "cot", 0, None)
     with pytest.raises(MirageError, match="there is no task 'x'"):
-        open_sources([rows], ["x"], None, 5, Style.COT, 0, None)
-    both = open_sources([VSP / "planning.jsonl"], ["vsp-reasoning"], (3,), 2, Style.COT, 0, 2)
+        open_sources([rows], ["x"], None, 5, "cot", 0, None)
+    both = open_sources([VSP / "planning.jsonl"], ["vsp-reasoning"], (3,), 2, "cot", 0, 2)
     assert [source.label for source in both] == [str(VSP / "planning.jsonl"), "vsp-reasoning"]
 
 

@@ -107,7 +107,7 @@ def test_older_records_are_read():
 @pytest.mark.parametrize(
     ("changes", "field", "message"),
     [
-        ({"finish_reason": "eos"}, "finish_reason", "must be one of stop, length, cancelled, not 'eos'"),
+        ({"finish_reason": "eos"}, "finish_reason", "must be one of stop, length, cancelled, error, not 'eos'"),
         ({"finish_reason": ["stop"]}, "finish_reason", "must be one of"),
         ({"stop_id": -1}, "stop_id", "must be a token id"),
         ({"stop_id": True}, "stop_id", "must be a token id"),

@@ -13,6 +13,7 @@ from mirage_vlm.benchmarks import decode, gpu, scaling, train
 from mirage_vlm.benchmarks.harness import Beginning, Result, Tell, as_json
 from mirage_vlm.decoding.compiled import can_compile
 from mirage_vlm.errors import MirageError
+from mirage_vlm.modeling.devices import choose_device
 
 NAMES = ("decode", "train", "scaling", "gpu")
 MODELS = {"decode": ("bundled", "random"), "gpu": ("3b", "7b")}
@@ -70,16 +71,11 @@ class Options:
         """The device that a benchmark runs on.
 
         Raises:
-            MirageError: torch doesn't know it.
+            MirageError: it is not here.
         """
-        wanted = self.device or ("cuda" if name == "gpu" else "cpu")
-        try:
-            device = torch.device(wanted)
-        except RuntimeError as fault:
-            raise MirageError(f"torch knows no device {wanted!r}; use cpu or cuda") from fault
-        if device.type == "cuda" and not torch.cuda.is_available():
+        if self.device is None and name == "gpu" and not torch.cuda.is_available():
             raise MirageError(f"{name}: torch finds no CUDA device here")
-        return device
+        return choose_device(self.device or ("cuda" if name == "gpu" else "cpu"))
 
     def run(self, name: str, tell: Tell, trace: Path | None, save: Callable[[Result], None]) -> Result:
         """Run one benchmark.

@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mirage_vlm.cli.data import Style
-from mirage_vlm.cli.options import levels_of, load_model, new_table, open_sources, progress_bar
+from mirage_vlm.cli.options import (
+    Device,
+    device_of,
+    levels_of,
+    load_model,
+    new_console,
+    new_table,
+    open_sources,
+    progress_bar,
+    show_table,
+)
 from mirage_vlm.errors import MirageError
 
 
@@ -21,17 +30,17 @@ def analyse(
     task: Annotated[str | None, typer.Option(help="Make held-out examples of this task.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 100,
-    style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
+    style: Annotated[
+        str | None, typer.Option(help="Prompt of made examples and of plain VSP maps; cot where the task has it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of made examples, of draws and of halves.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first examples.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most positions of a response, latents included.")] = 256,
     method: Annotated[str, typer.Option(help="Of a projection: pca, tsne or umap.")] = "pca",
-    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+    device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for KIND.png and KIND.json.")] = Path("analysis"),
 ) -> None:
     """Decode greedily, look at the latents, and write a picture and the numbers behind it."""
-    from rich.console import Console
-
     from mirage_vlm.decoding import GenerationConfig
     from mirage_vlm.evaluation.analysis.kinds import ANALYSES, Wish, check
     from mirage_vlm.evaluation.analysis.kinds import analyse as run
@@ -40,10 +49,11 @@ def analyse(
     check(kind, out, wish)
     if (data is None) == (task is None):
         raise MirageError("say what to look at: give either --data or --task")
+    place = device_of(device)
     files, tasks = [] if data is None else [data], [] if task is None else [task]
     (source,) = open_sources(files, tasks, levels_of(levels), n, style, seed, limit)
-    vlm = load_model(model, device)
-    console = Console(stderr=True)
+    vlm = load_model(model, place)
+    console = new_console(stderr=True)
     with progress_bar(console) as bar:
         work = bar.add_task("decoding", total=len(source.examples))
         generation = GenerationConfig(max_new_tokens=max_new_tokens)
@@ -54,16 +64,12 @@ def analyse(
 
 
 def _print(kind: str, rows: list[list[str]], results: dict, out: Path) -> None:
-    from rich.console import Console
-
     title = f"{kind}: {results['model']}, {results['with_latents']} of {results['n']} responses have latents"
     shown = new_table(title)
     for heading in rows[0]:
         shown.add_column(heading, justify="right")
     for row in rows[1:]:
         shown.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 110  # rich takes 80 for a file, which breaks words in columns
-    console.print(shown, markup=False)
+    console = new_console()
+    show_table(shown, console)
     console.print(f"{out / kind}.png and {kind}.json", highlight=False, soft_wrap=True)

@@ -98,9 +98,9 @@ def bench(
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[str], None]]:
     """Says on a terminal what is being done."""
-    from rich.console import Console
+    from mirage_vlm.cli.options import new_console
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     if not console.is_terminal:
         yield lambda what: None
         return
@@ -109,9 +109,7 @@ def _progress(name: str) -> Iterator[Callable[[str], None]]:
 
 
 def _print(sheet: Sheet) -> None:
-    from rich.console import Console
-
-    from mirage_vlm.cli.options import new_table
+    from mirage_vlm.cli.options import new_table, show_table
 
     table = new_table(sheet.title)
     for i, heading in enumerate(sheet.headings):
@@ -119,10 +117,7 @@ def _print(sheet: Sheet) -> None:
         table.add_column(heading, justify="left" if words else "right", no_wrap=words)
     for row in sheet.rows:
         table.add_row(*map(_cell, row))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    show_table(table)
 
 
 def _print_ratios(name: str, ratios: dict[str, float | None]) -> None:

@@ -43,16 +43,14 @@ def compare(
 
 
 def _print(found: dict[str, Any], first: Path, second: Path) -> None:
-    from rich.console import Console
-
-    from mirage_vlm.cli.options import new_table
+    from mirage_vlm.cli.options import new_console, new_table, show_table
     from mirage_vlm.evaluation.intervals import in_points
 
     a, b = found["models"]
     if a == b:  # the same checkpoint with other settings
         a, b = f"{a} ({first})", f"{b} ({second})"
     title = f"A {a}, B {b}" + ("" if found["replacement"] == "self" else f", with {found['replacement']} for latents")
-    table = new_table()
+    table = new_table(title)
     for heading in ("level", "n", "A %", "B %", "B − A", "95 % interval", "p"):
         table.add_column(heading, justify="right")
     for name, row in [*found["by_level"].items(), ("all", found["all"])]:
@@ -61,9 +59,11 @@ def _print(found: dict[str, Any], first: Path, second: Path) -> None:
         accuracies = (f"{100 * value:.1f}" for value in row["accuracy"])
         ahead = f"{100 * row['difference']:+.1f}"
         table.add_row(name, str(row["n"]), *accuracies, ahead, in_points(row["ci95"]), f"{row['p']:.3f}")
-    console = Console()
-    console.print(title, highlight=False, markup=False, soft_wrap=True)  # a table folds its title to its own width
-    console.print(table)
+    console = new_console()
+    show_table(table, console)
+    for label, errors in zip("AB", found["errors"], strict=True):
+        if errors:
+            console.print(f"{errors} examples failed in {label} and count as wrong.")
     for label, apart in zip("AB", found["apart"], strict=True):
         if apart:
             console.print(f"{apart} examples are in {label} alone and were left out.")

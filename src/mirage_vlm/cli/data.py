@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirage_vlm.cli.import_data import import_data
-from mirage_vlm.cli.options import levels_of, parse_levels, untold_note
+from mirage_vlm.cli.options import Device, device_of, levels_of, parse_levels, style_of, untold_note
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -20,26 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="data", help="Check, make, import and convert data.", no_args_is_help=True)
 app.command("import")(import_data)
-
-
-class Style(StrEnum):
-    """How the made responses are written."""
-
-    DIRECT = "direct"
-    COT = "cot"
-    PLAIN = "plain"
-    CELLS = "cells"
-    WAVES = "waves"
-    WAVE_WORDS = "wave-words"
-    STEPS = "steps"
-    WORDS = "words"
-    SHOWN = "shown"
-    MIXED = "mixed"
-
-    @property
-    def written(self) -> str:
-        """The style of a single example."""
-        return "cot" if self is Style.MIXED else self.value
 
 
 class Target(StrEnum):
@@ -110,17 +90,20 @@ def make(
         int | None, typer.Option(min=0, help="Number of test examples; by default n / 10, at least 100.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same files, byte for byte.")] = 0,
-    style: Annotated[Style, typer.Option(help="How the responses are written.")] = Style.DIRECT,
+    style: Annotated[
+        str | None, typer.Option(help="How the responses are written, a style of the task or mixed; by default direct.")
+    ] = None,
     cell: Annotated[int, typer.Option(help="Pixels per side of a cell.")] = 64,
 ) -> None:
     """Make training and test data for a task: train.jsonl, test.jsonl and their pictures."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from mirage_vlm.cli.options import new_console
     from mirage_vlm.tasks.make import write_dataset
 
+    written_as = style_of(task, style, "direct")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     written = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"making {task}", total=None)
@@ -136,7 +119,7 @@ def make(
             n,
             out,
             seed=seed,
-            style=style.value,
+            style=written_as,
             n_test=n_test,
             cell=cell,
             progress=show,
@@ -149,32 +132,32 @@ def mix(
     task: Annotated[str, typer.Argument(help="Name of the task, such as vsp-planning.")],
     model: Annotated[str, typer.Option(help="The checkpoint whose answers decide.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must be empty or absent.")],
-    sure: Annotated[Style, typer.Option(help="Responses where its answer is right.")] = Style.PLAIN,
-    unsure: Annotated[Style, typer.Option(help="Responses where it is wrong.")] = Style.CELLS,
+    sure: Annotated[str, typer.Option(help="Style of responses where its answer is right.")] = "plain",
+    unsure: Annotated[str, typer.Option(help="Style of responses where it is wrong.")] = "cells",
     levels: Annotated[str, typer.Option(help="Side lengths of the maps.")] = "3,4,5,6",
     n: Annotated[int, typer.Option("--n", min=1, help="Number of training examples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the maps.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most positions of an answer.")] = 64,
-    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+    device: Device = None,
 ) -> None:
     """Make training data for spans only where a checkpoint needs them: each response by what it answers without."""
-    from rich.console import Console
-
-    from mirage_vlm.cli.options import load_model, progress_bar
+    from mirage_vlm.cli.options import load_model, new_console, progress_bar
     from mirage_vlm.evaluation.mix import mix_by_answers
     from mirage_vlm.tasks.make import check_empty, write_splits
 
     check_empty(out)
-    vlm = load_model(model, device)
-    with progress_bar(Console(stderr=True)) as progress:
+    for style in (sure, unsure):
+        style_of(task, style, mixed=False)
+    vlm = load_model(model, device_of(device))
+    with progress_bar(new_console(stderr=True)) as progress:
         bar = progress.add_task("answering", total=n)
         mixed = mix_by_answers(
             vlm,
             task,
             parse_levels(levels),
             n,
-            sure=sure.value,
-            unsure=unsure.value,
+            sure=sure,
+            unsure=unsure,
             seed=seed,
             max_new_tokens=max_new_tokens,
             progress=lambda count: progress.advance(bar, count),
@@ -182,7 +165,7 @@ def mix(
         writing = progress.add_task("writing", total=n)
         write_splits({"train": mixed}, out, lambda done, total: progress.update(writing, completed=done, total=total))
     right = sum(mixed.right)
-    typer.echo(f"{out}: {_count(n, 'training example')}, {right} {sure.value} and {n - right} {unsure.value}")
+    typer.echo(f"{out}: {_count(n, 'training example')}, {right} {sure} and {n - right} {unsure}")
 
 
 @app.command()

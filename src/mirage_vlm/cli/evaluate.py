@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_vlm.cli.data import Style
 from mirage_vlm.cli.options import (
+    Device,
     MaxPixels,
     MinPixels,
     SpanAfter,
     Spans,
+    device_of,
     levels_of,
     load_model,
+    new_console,
     new_table,
     open_sources,
     progress_bar,
+    show_table,
     untold_note,
 )
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from mirage_vlm.evaluation.run import Run
 
 
 def evaluate(
@@ -44,7 +49,9 @@ def evaluate(
     ] = None,
     levels: Annotated[str | None, typer.Option(help="Levels made with --task, such as the sides of maps.")] = None,
     n: Annotated[int, typer.Option(help="Number of examples made with --task.")] = 400,
-    style: Annotated[Style, typer.Option(help="Prompt of made examples and of plain VSP maps.")] = Style.COT,
+    style: Annotated[
+        str | None, typer.Option(help="Prompt of made examples and of plain VSP maps; cot where the task has it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of made examples, of sampling, of noise and of intervals.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first examples.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most positions of a response, latents included.")] = 256,
@@ -60,7 +67,7 @@ def evaluate(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the decode step; pays in long runs.")] = False,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
-    device: Annotated[str | None, typer.Option(help="For example cuda; the CPU by default.")] = None,
+    device: Device = None,
     out: Annotated[
         Path | None, typer.Option(help="Write results.json here; with several models or data, a folder for them.")
     ] = None,
@@ -79,16 +86,19 @@ def evaluate(
     lmms: Annotated[
         Path | None, typer.Option(help="Write lmms-eval's layout to this folder too; needs --out and --trajectories.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Let the first row that fails end it, instead of counting it as wrong.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over instead of going on where an evaluation was killed.")
     ] = False,
 ) -> None:
     """Decode, score and count: accuracy by level, optimal plans, latent spans, invalid answers.
 
+    A row that cannot be decoded or scored is an error: shown with its reason, and counted as wrong.
+
     With --out an evaluation that is killed goes on where it was when the command is repeated.
     """
-    from rich.console import Console
-
     from mirage_vlm.decoding import EngineConfig, GenerationConfig
     from mirage_vlm.evaluation.lmms_layout import write_lmms
     from mirage_vlm.evaluation.refusals import count_untold
@@ -116,15 +126,14 @@ def evaluate(
         names,
         seed,
         {"min_pixels": min_pixels, "max_pixels": max_pixels},
+        strict,
     )
     if not data and not task:
         raise MirageError("say what to evaluate on: give --data or --task")
+    place = device_of(device)
     sources = open_sources(data or [], task or [], levels_of(levels), n, style, seed, limit)
     runs = plan(model or ["bundled"], sources, out, trajectories, figure)
-    console = Console(stderr=True, soft_wrap=True)
-    for source in sources:
-        if (untold := count_untold(source.examples)) > 0:
-            console.print(f"note: {source.label}: {untold_note(untold)}", highlight=False, markup=False)
+    console = new_console(stderr=True)
     with progress_bar(console) as bar:
         total = sum(len(run.source.examples) for run in runs) * max(1, len(names))
         work = bar.add_task("decoding", total=total)
@@ -132,23 +141,37 @@ def evaluate(
             run_all(
                 runs,
                 settings,
-                lambda name: load_model(name, device, min_pixels, max_pixels),
+                lambda name: load_model(name, place, min_pixels, max_pixels),
                 restart=restart,
                 progress=lambda done: bar.update(work, advance=done),
-                tell=lambda line: console.print(line, highlight=False, markup=False),
+                tell=lambda line: console.print(line, markup=False, soft_wrap=True),
             )
         )
-    shown = Console()
+    shown = new_console()
     for run, results in zip(runs, found, strict=True):
-        shown.print(_measures(results, "" if len(runs) == 1 else f" on {run.source.label}"))
+        show_table(_measures(results, "" if len(runs) == 1 else f" on {run.source.label}"), shown)
+        if results.get("failed"):
+            shown.print(_failed(results, run), markup=False, soft_wrap=True)
         if "replacements" in results:
-            shown.print(_replacements(results))
-            shown.print(results["verdict"], highlight=False)
+            show_table(_replacements(results), shown)
+            shown.print(results["verdict"], markup=False, soft_wrap=True)
+    for source in sources:
+        if (untold := count_untold(source.examples)) > 0:
+            console.print(f"note: {source.label}: {untold_note(untold)}", markup=False)
     for run in runs if lmms is not None else ():
         assert run.out is not None and run.trajectories is not None and lmms is not None
         write_lmms(run.out, run.trajectories, lmms)
     if len(runs) > 1:
-        shown.print(_summary(found, [run.source.label for run in runs]))
+        show_table(_summary(found, [run.source.label for run in runs]), shown)
+
+
+def _failed(results: dict[str, Any], run: Run) -> str:
+    """How many rows were errors, and the first of them."""
+    first, n = results["failed"][0], len(results["failed"])
+    where = first["where"] if first["where"].startswith(run.source.label) else f"{run.source.label}, {first['where']}"
+    found = f"{n} of {results['n']} rows failed and {'counts' if n == 1 else 'count'} as wrong"
+    all_of_them = f" (all are listed in {run.out})" if n > 1 and run.out is not None else ""
+    return f"{found}; {'the first, ' if n > 1 else ''}{where}: {first['reason']}{all_of_them}"
 
 
 def _percent(value: float | None) -> str:
@@ -207,6 +230,8 @@ def _summary(found: Sequence[dict[str, Any]], data: Sequence[str]) -> Table:
         )
     if tested := any("verdict" in results for results in found):
         table.add_column("latents")
+    if failing := any(results.get("failed") for results in found):
+        table.add_column("failed", justify="right")
     for results, label in zip(found, data, strict=True):
         used = results.get("verdict", "").startswith("the latents are used")
         table.add_row(
@@ -219,6 +244,7 @@ def _summary(found: Sequence[dict[str, Any]], data: Sequence[str]) -> Table:
             _percent(results["invalid_rate"]),
             f"{results['seconds']:.1f}",
             *(["used" if used else "not shown to be used"] if tested else []),
+            *([str(len(results.get("failed", [])))] if failing else []),
         )
     return table
 

@@ -32,9 +32,7 @@ def import_data(
     ] = None,
 ) -> None:
     """Write a real benchmark, or any data set with questions and answers, as JSONL for `mirage eval --data`."""
-    from rich.console import Console
-
-    from mirage_vlm.cli.options import progress_bar
+    from mirage_vlm.cli.options import new_console, progress_bar
     from mirage_vlm.formats import write_jsonl
     from mirage_vlm.sources import preset_names
     from mirage_vlm.sources.files import PictureFiles
@@ -47,7 +45,7 @@ def import_data(
     if out.exists():
         raise MirageError(f"{out}: exists already; remove it or name another")
     examples = islice(_examples(source, preset, mapping, split, config), limit)
-    with progress_bar(Console(stderr=True)) as progress:
+    with progress_bar(new_console(stderr=True)) as progress:
         bar = progress.add_task("importing", total=limit)
 
         def counted() -> Iterator[Trajectory]:

@@ -6,6 +6,7 @@ so that `mirage --help` answers at once. A new command is one line here: `app.co
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,8 +14,10 @@ from typing import Annotated
 import typer
 
 from mirage_vlm import __version__
-from mirage_vlm.cli import analyse, bench, compare, data, evaluate, solve, study, train, write_reasoning
+from mirage_vlm.cli import analyse, bench, compare, data, evaluate, shelf, solve, study, train, write_reasoning
 from mirage_vlm.errors import MirageError
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # by which a user says how to wait
 
 app = typer.Typer(
     name="mirage",
@@ -27,6 +30,8 @@ app.command()(solve.solve)
 app.command("eval")(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(analyse.analyse)
+app.command("list")(shelf.list_all)
+app.command()(shelf.info)
 app.command()(train.train)
 app.command()(bench.bench)
 app.command()(study.study)
@@ -49,12 +54,23 @@ def _options(
     pass
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait, here and in all processes that are started from here.
+
+    By default they spin, and where another process has the core of one of them, all others spin until it is their
+    turn again: decoding then takes many times as long. OpenMP reads this once, when torch is loaded.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
     """The entry point: run a command line, by default the process's own, and exit.
 
     Bad input prints one line, `error: …`, and exits with status 2. Typer sees to the rest: wrong usage exits
     with 2, Ctrl-C with 130.
     """
+    wait_passively()
     try:
         app(args=arguments)
     except MirageError as fault:

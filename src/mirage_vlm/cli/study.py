@@ -22,14 +22,15 @@ def study(
         str | None, typer.Option(help="Of --figure: this metric of the runs over their steps, for example reward.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="To test on, for example cuda; the CPU by default. Training takes what there is.")
+        str | None,
+        typer.Option(help="To test on; by default CUDA where there is one, else the CPU, as training does."),
     ] = None,
 ) -> None:
     """Train and test what is not done yet. A study that was stopped goes on where it was.
 
     Start it several times to work at several runs at once.
     """
-    from mirage_vlm.cli.options import load_model, parse_levels
+    from mirage_vlm.cli.options import device_of, load_model, parse_levels
     from mirage_vlm.errors import MirageError
     from mirage_vlm.evaluation.curves import draw_curves
     from mirage_vlm.evaluation.study import Taken, load_study, run_row
@@ -55,9 +56,10 @@ def study(
         if figure is not None:
             draw(found, figure)
         return
+    place = device_of(device)
     for seed in numbers:
         for row in (row for row in wanted if seed in found.seeds_of(row)):
             try:
-                run_row(found, row, seed, partial(load_model, device=device), typer.echo)
+                run_row(found, row, seed, partial(load_model, device=place), typer.echo)
             except Taken as other:
                 typer.echo(str(other))

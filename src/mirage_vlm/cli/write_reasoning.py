@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirage_vlm.cli.options import progress_bar
+from mirage_vlm.cli.options import new_console, progress_bar
 from mirage_vlm.errors import MirageError
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def write_reasoning(
 
     Exit status 1 says that some lines have no text; they are listed in OUT.rejected.jsonl.
     """
-    from rich.console import Console
-
     from mirage_vlm.reasoning.accept import Rules
     from mirage_vlm.reasoning.endpoint import Connection
     from mirage_vlm.reasoning.write import rejected_path
@@ -74,7 +72,7 @@ def write_reasoning(
     prices = None if price_in is None or price_out is None else (price_in, price_out)
     rules = Rules(mark, max_words, forbid=tuple(forbid or ()))
     connection = Connection(endpoint, model, _key(key_env), timeout, tries, per_minute, _params(param or ()))
-    console = Console(stderr=True, soft_wrap=True)
+    console = new_console(stderr=True)
     with _progress(console, prices) as show:
         report = run(
             data,

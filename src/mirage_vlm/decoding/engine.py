@@ -25,7 +25,7 @@ from mirage_vlm.decoding.prompts import Prompt, Reader
 from mirage_vlm.decoding.response import Event, Response
 from mirage_vlm.decoding.rows import FULL, LIVE, NOTHING, STOPPED, Chooser, Rows, forced_tokens, new_rows
 from mirage_vlm.decoding.sampling import never_said, normals
-from mirage_vlm.errors import MirageError
+from mirage_vlm.errors import MirageError, NoRoom
 from mirage_vlm.formats.asked import Asked, as_prompt
 from mirage_vlm.trajectory import Trajectory
 
@@ -138,7 +138,7 @@ class Engine:
             )
         own, shared = self.pool.blocks_for(config.max_new_tokens), self.pool.blocks_for(len(ids))
         if own + shared > self.pool.limit:
-            raise MirageError(
+            raise NoRoom(
                 f"a prompt of {len(ids)} tokens and {config.max_new_tokens} new ones take {own + shared} blocks of "
                 f"{self.pool.size} tokens, but the cache holds {self.pool.limit}: raise max_batch_tokens to at least "
                 f"{(own + shared) * self.pool.size}, or lower max_new_tokens"

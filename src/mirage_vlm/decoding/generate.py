@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mirage_vlm.decoding.config import EngineConfig, GenerationConfig, checked
+from mirage_vlm.decoding.config import EngineConfig, GenerationConfig, LatentHook, checked
 from mirage_vlm.decoding.engine import Engine
 from mirage_vlm.decoding.response import Event, Finished
-from mirage_vlm.errors import MirageError
+from mirage_vlm.errors import MirageError, NoRoom
 from mirage_vlm.formats.asked import Asked, as_prompts
 from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
+    import torch
+
     from mirage_vlm.modeling.latent_vlm import LatentVLM
 
 
@@ -50,8 +52,13 @@ def responses(
     prompts: Asked | Iterable[Asked],
     config: GenerationConfig | None = None,
     engine: EngineConfig | None = None,
+    refused: Callable[[int, MirageError], None] | None = None,
 ) -> Iterator[dict[int, Trajectory]]:
     """What `generate` returns, as it comes: after each step of the engine in which any finished, those by their place.
+
+    Args:
+        refused: called with the number of a prompt that cannot be decoded, and why; the others go on, with the seeds
+            that they have in any case. None raises.
 
     Raises:
         MirageError: as `generate`.
@@ -64,18 +71,36 @@ def responses(
     was_training = vlm.training
     running = Engine(vlm, engine)
     submitted = 0
+    taken: list[int] = []  # the prompt of each of the engine's requests
+    if config.latent_hook is not None:
+        config = replace(config, latent_hook=_of_prompts(config.latent_hook, taken, n))
     try:
         while submitted < len(prompts) or running.busy:
             # pictures are processed as they are needed: those of a long list would not fit in memory
             while submitted < len(prompts) and len(running.queue) < running.config.max_rows:
                 own = replace(config, seeds=seeds[submitted * n : (submitted + 1) * n])
-                running.submit(prompts[submitted], own, quiet=True)
+                try:
+                    running.submit(prompts[submitted], own, quiet=True)
+                    taken.append(submitted)
+                except MirageError as fault:
+                    if refused is None or isinstance(fault, NoRoom):
+                        raise
+                    refused(submitted, fault)
                 submitted += 1
             ends = [event for event in running.step() if isinstance(event, Finished)]
             if ends:
-                yield {event.request * n + event.sample: event.trajectory for event in ends}
+                yield {taken[event.request] * n + event.sample: event.trajectory for event in ends}
     finally:
         vlm.train(was_training)
+
+
+def _of_prompts(hook: LatentHook, taken: Sequence[int], n: int) -> LatentHook:
+    """A hook that is told the places of responses among those of all prompts, though some prompts were not taken."""
+
+    def placed(latents: torch.Tensor, responses: Sequence[int], steps: Sequence[int]) -> torch.Tensor:
+        return hook(latents, [taken[i // n] * n + i % n for i in responses], steps)
+
+    return placed
 
 
 def stream(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
-    """What `results.json` keeps of each example: its name, its level where it has one, and how it came out.
+    """What `results.json` keeps of each example: its name, its level where it has one, and how it came out (`error`
+    says why it could not be decoded or scored).
 
     Repeated examples are numbered.
     """
@@ -30,6 +31,8 @@ def items(scored: Iterable[Scored]) -> list[dict[str, Any]]:
         item = {"name": f"{name}-{seen[name]}", "correct": each.score.correct, "valid": each.score.valid}
         if "level" in each.trajectory.meta:
             item["level"] = each.trajectory.meta["level"]
+        if each.error is not None:
+            item["error"] = each.error
         found.append(item)
     return found
 
@@ -110,7 +113,8 @@ def compare(
 
     Returns:
         `all` and one entry for each level: `n`, the two accuracies, `difference` and `ci95` of it, and `p` that they
-        are equally good (two-sided, of `sign_test`); and under `apart` the examples that only one of the two holds.
+        are equally good (two-sided, of `sign_test`); under `apart` the examples that only one of the two holds, and
+        under `errors` how many of the common ones count as wrong since they could not be decoded or scored.
 
     Raises:
         MirageError: they have no example in common.
@@ -140,5 +144,6 @@ def compare(
         "models": [first.get("model"), second.get("model")],
         "all": measured(common),
         "by_level": {str(level): measured([n for n in common if ours[n].get("level") == level]) for level in levels},
+        "errors": [sum("error" in side[name] for name in common) for side in (ours, theirs)],
         "apart": [len(ours) - len(common), len(theirs) - len(common)],
     }

@@ -28,10 +28,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """One decoded example and what the checker says of it."""
+    """One decoded example and what the checker says of it.
+
+    Attributes:
+        error: why it could not be decoded or scored; it then counts as wrong and invalid.
+    """
 
     trajectory: Trajectory
     score: Score
+    error: str | None = None
+
+    def failed(self, reason: str) -> Scored:
+        """The same as an error."""
+        return Scored(self.trajectory, Score(False, False, None, reason), reason)
 
     @property
     def latents(self) -> int:
@@ -58,6 +67,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     kept: Kept | None = None,
     name: str = "self",
+    strict: bool = True,
 ) -> list[Scored]:
     """Decode every example and score it.
 
@@ -65,19 +75,53 @@ def evaluate(
         progress: called with the number of examples that were just finished, or found finished in `kept`.
         kept: responses that are there already, which are not decoded again; new ones are put there as they finish.
         name: of these responses among those of `kept`.
+        strict: the first example that cannot be decoded or scored ends it. Otherwise that one is an error, with its
+            reason, and the others go on and come out as they do without it.
 
     Raises:
-        MirageError: there are no examples, one cannot be decoded or scored, or several responses to each are wanted
-            with `kept`.
+        MirageError: there are no examples, one of them (not strict: every one) cannot be decoded or scored, or several
+            responses to each are wanted with `kept` or without `strict`.
     """
     if not examples:
         raise MirageError("there is nothing to evaluate")
-    if kept is None:
-        decoded = generate(vlm, examples, generation, engine, progress)
-    else:
-        _decode_missing(vlm, examples, generation, engine, progress, kept, name)
-        decoded = [kept.response(name, i, example) for i, example in enumerate(examples)]
-    return [Scored(trajectory, score(trajectory)) for trajectory in decoded]
+    if kept is None and strict:
+        return [
+            _scored(one, row_of(one, i), True)
+            for i, one in enumerate(generate(vlm, examples, generation, engine, progress))
+        ]
+    kept = kept or Kept()
+    _decode_missing(vlm, examples, generation, engine, progress, kept, name, strict)
+    found = []
+    for i, example in enumerate(examples):
+        response, reason = kept.response(name, i, example), kept.error(name, i)
+        if reason is None:
+            found.append(_scored(response, row_of(example, i), strict))
+        elif strict:
+            raise MirageError(f"{row_of(example, i)}: {reason}")
+        else:
+            found.append(_unanswered(response).failed(reason))
+    if all(each.error is not None for each in found):
+        kept.discard()
+        raise MirageError(f"none of {len(found)} could be evaluated; {row_of(examples[0], 0)}: {found[0].error}")
+    return found
+
+
+def row_of(example: Trajectory, i: int) -> str:
+    """What people call an example of an evaluation: its place in its file, else its number from 1."""
+    return example.where or f"example {i + 1}"
+
+
+def _scored(trajectory: Trajectory, row: str, strict: bool) -> Scored:
+    try:
+        return Scored(trajectory, score(trajectory))
+    except MirageError as fault:
+        if strict:
+            raise MirageError(f"{row}: {fault}") from fault
+        return _unanswered(trajectory).failed(str(fault))
+
+
+def _unanswered(trajectory: Trajectory) -> Scored:
+    return Scored(trajectory, Score(False, False, None, "no answer"))
 
 
 def _decode_missing(
@@ -88,6 +132,7 @@ def _decode_missing(
     progress: Callable[[int], None] | None,
     kept: Kept,
     name: str,
+    strict: bool,
 ) -> None:
     """Decode what `kept` lacks, as `generate` would decode it in a call with all examples."""
     if generation.n != 1:
@@ -109,9 +154,17 @@ def _decode_missing(
         assert hook is not None
         return hook(latents, [missing[place] for place in places], steps)
 
+    def refused(place: int, fault: MirageError) -> None:
+        i = missing[place]
+        if strict:
+            raise MirageError(f"{row_of(examples[i], i)}: {fault}") from fault
+        kept.fail(name, i, str(fault))
+        if progress is not None:
+            progress(1)
+
     own = replace(generation, seeds=[seeds[i] for i in missing], latent_hook=None if hook is None else numbered)
     before = time.perf_counter()
-    for finished in responses(vlm, [examples[i] for i in missing], own, engine):
+    for finished in responses(vlm, [examples[i] for i in missing], own, engine, refused):
         now = time.perf_counter()
         for place, trajectory in finished.items():
             kept.add(name, missing[place], trajectory, (now - before) / len(finished))
@@ -149,7 +202,8 @@ def measures(scored: Sequence[Scored]) -> dict[str, Any]:
         `n`; `accuracy` with its Wilson interval `ci95` and `standard_error`; the shares `optimal_rate` (of the plans
         whose length is judged; None where none is), `latent_rate` (consumed a latent), `invalid_rate` (no answer could
         be read) and `cut_rate` (a limit was reached), each with its Wilson interval as `optimal_ci95` and so on;
-        `latents_per_response` and `tokens_per_response`, the text tokens.
+        `latents_per_response` and `tokens_per_response`, the text tokens; and `errors`, how many could not be decoded
+        or scored, which are wrong and invalid.
     """
     n = len(scored)
     right = [s.score.correct for s in scored]
@@ -171,6 +225,7 @@ def measures(scored: Sequence[Scored]) -> dict[str, Any]:
         found[f"{name}_ci95"] = list(wilson(sum(hits), len(hits))) if hits else None
     found["latents_per_response"] = sum(s.latents for s in scored) / n
     found["tokens_per_response"] = sum(s.tokens for s in scored) / n
+    found["errors"] = sum(s.error is not None for s in scored)
     return found
 
 

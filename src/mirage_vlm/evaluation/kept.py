@@ -12,15 +12,16 @@ from typing import Any, BinaryIO
 from mirage_vlm.differences import differences, in_short
 from mirage_vlm.errors import MirageError
 from mirage_vlm.formats import chat, to_record
-from mirage_vlm.trajectory import Trajectory
+from mirage_vlm.trajectory import Decoding, Trajectory, assistant_turn
 
 
 class Kept:
     """Responses by the name of their replacement and the number of their example.
 
     With a path they are also appended to a file, one line of JSON as each finishes: first the settings of the
-    evaluation, then `replacement`, `example`, `seconds`, and the response as a chat record with its latents. The file
-    is made when the first response is there. A last line that was cut off by the end of the process is dropped.
+    evaluation, then `replacement`, `example`, `seconds`, and the response as a chat record with its latents; of an
+    example that could not be decoded `error`, the reason, and an empty response. The file is made when the first
+    response is there. A last line that was cut off by the end of the process is dropped.
 
     Args:
         path: the file; None keeps responses in memory alone.
@@ -36,6 +37,7 @@ class Kept:
         self.path = path
         self.settings = json.loads(json.dumps(settings or {}))
         self._found: dict[tuple[str, int], Trajectory] = {}
+        self._errors: dict[tuple[str, int], str] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._file: BinaryIO | None = None
         self._size = 0  # of the whole lines that are in the file
@@ -57,6 +59,15 @@ class Kept:
         found = self._found[name, i]
         return example.with_response(found.response, found.decoding)
 
+    def error(self, name: str, i: int) -> str | None:
+        """Why an example could not be decoded; None where it was."""
+        return self._errors.get((name, i))
+
+    @property
+    def failed(self) -> int:
+        """How many could not be decoded."""
+        return len(self._errors)
+
     def seconds(self, name: str | None = None) -> float:
         """What decoding took, in all processes that took part: of one replacement, or of all."""
         return sum(self._seconds.values()) if name is None else self._seconds.get(name, 0.0)
@@ -73,10 +84,21 @@ class Kept:
         self._seconds[name] += seconds
         if self.path is not None:
             line = {"replacement": name, "example": i, "seconds": round(seconds, 6), **to_record(response)}
+            if (reason := self.error(name, i)) is not None:
+                line["error"] = reason
             try:
                 self._append(self.path, line)
             except OSError as fault:
                 raise MirageError(f"cannot write {self.path}: {fault.strerror or fault}") from fault
+
+    def fail(self, name: str, i: int, reason: str) -> None:
+        """Keep that an example cannot be decoded, so that it is not tried again.
+
+        Raises:
+            MirageError: the file cannot be written.
+        """
+        self._errors[name, i] = reason
+        self.add(name, i, Trajectory((assistant_turn(),), decoding=Decoding((), "error")), 0.0)
 
     def discard(self) -> None:
         """Remove the file: the results are written."""
@@ -107,6 +129,8 @@ class Kept:
                     settings = record["settings"]
                 else:
                     place = (str(record["replacement"]), int(record["example"]))
+                    if "error" in record:
+                        self._errors[place] = str(record.pop("error"))
                     response = chat.from_record(record, None)
                     if response.decoding is None:
                         raise KeyError("decoding")

@@ -86,7 +86,8 @@ def to_lmms(
     path = results.get("data", {}).get("path")
     of_file = f"_{Path(path).stem}" if path else ""
     for i, (item, trajectory) in enumerate(zip(items, trajectories, strict=True)):
-        found = score(trajectory)
+        reason = item.get("error")
+        found = score(trajectory) if reason is None else Score(False, False, None, f"error: {reason}")
         if trajectory.decoding is None or found.correct != item["correct"]:
             raise MirageError(f"{where}: example {i}: they are not of the same evaluation")
         of_task = samples.setdefault(f"{trajectory.task or 'none'}{of_file}", [])

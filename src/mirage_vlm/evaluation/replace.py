@@ -22,9 +22,8 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.evaluate import Scored, evaluate, measures
 from mirage_vlm.evaluation.intervals import in_points, paired_bootstrap, sign_test
 from mirage_vlm.evaluation.kept import Kept
-from mirage_vlm.modeling.encoding import boxes
-from mirage_vlm.modeling.pooling import pool, span_length
-from mirage_vlm.trajectory import LatentSpan, Trajectory
+from mirage_vlm.evaluation.oracle import oracle_targets
+from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -204,73 +203,6 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("self", *wanted)))
 
 
-def oracle_targets(
-    vlm: LatentVLM,
-    examples: Sequence[Trajectory],
-    latent_size: int | None = None,
-    lengths: Sequence[Sequence[int]] | None = None,
-) -> list[list[torch.Tensor]]:
-    """What stands for targets [k, D] in each span of each reference response, in float32 on the CPU.
-
-    With a table of codes that is the entry nearest to each target, as in training. Pooling `random` draws the same
-    patches at each call, so that an evaluation can be resumed.
-
-    Args:
-        latent_size: k of all spans; None takes the span's, and then the checkpoint's.
-        lengths: for each example the k of each span that is wanted instead, of the reference's spans in order and again
-            from the first where there are fewer. Pooling `full` gives way to `average` here; of regions, so many are
-            taken at even distances.
-
-    Raises:
-        MirageError: a reference has no helper image, one cannot be read, or k is larger than its patches.
-    """
-    found: list[list[torch.Tensor]] = []
-    for i, example in enumerate(examples):
-        prompts = vlm.config.target == "prompt"
-        spans = [span for span in example.spans if prompts or span.helper is not None]
-        if not spans:
-            raise MirageError(
-                f"example {i + 1} of {len(examples)} ({_label(example)}) has no helper image in its reference "
-                "response: leave out oracle, count-matched and random-matched"
-            )
-        sizes = [latent_size or vlm.encoder.own_length(span) or span.k or vlm.config.latent_size for span in spans]
-        if lengths is not None:
-            sizes = list(lengths[i])
-            spans = [spans[j % len(spans)] for j in range(len(sizes))]
-        shown = [vlm.encoder.target_picture(span, example) for span in spans]
-        pictures = vlm.encoder.pictures(shown)
-        if pictures is None:  # no span is wanted
-            found.append([])
-            continue
-        grids = [vlm.family.merged_grid(grid) for grid in pictures.grid_thw]
-        pooled = [
-            k if span.regions else span_length(vlm.config.pooling, h * w, k, picture)
-            for (h, w), k, span, picture in zip(grids, sizes, spans, shown, strict=True)
-        ]
-        regions = boxes([_spread(span, k) for span, k in zip(spans, pooled, strict=True)], pooled)
-        pixels, grid_thw = (tensor.to(vlm.device) for tensor in (pictures.pixel_values, pictures.grid_thw))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(i)
-            made = vlm.targets(pixels, grid_thw, pooled, regions=regions)
-            targets = list(vlm.feedback.consumed(made).float().cpu().split(pooled))
-        if lengths is not None and vlm.config.pooling == "full":
-            targets = [
-                t if span.regions else pool(t, grid, k, "average")
-                for t, grid, k, span in zip(targets, grids, sizes, spans, strict=True)
-            ]
-        found.append(targets)
-    return found
-
-
-def _spread(span: LatentSpan, k: int) -> LatentSpan:
-    """The span with k of its regions, at even distances, the first and the last among them."""
-    if not span.regions or len(span.regions) == k:
-        return span
-    last = len(span.regions) - 1
-    picked = [round(j * last / max(1, k - 1)) for j in range(k)]
-    return replace(span, k=None, regions=tuple(span.regions[j] for j in picked))
-
-
 def replacement_test(
     vlm: LatentVLM,
     examples: Sequence[Trajectory],
@@ -280,6 +212,7 @@ def replacement_test(
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
     kept: Kept | None = None,
+    strict: bool = True,
 ) -> dict[str, list[Scored]]:
     """Decode and score every example once with each replacement.
 
@@ -291,6 +224,8 @@ def replacement_test(
         progress: called with the number of responses that were finished; there are examples × replacements.
         seed: of noise and of the shuffle.
         kept: as for `evaluate`; its responses of `self` have latents.
+        strict: as for `evaluate`. Otherwise an example that is an error with one replacement, or whose targets cannot
+            be made, is an error with all, and so wrong with all.
 
     Returns:
         For each replacement the examples in order.
@@ -304,14 +239,25 @@ def replacement_test(
         raise MirageError("the replacement test needs n = 1, latent_size > 0 and no latent_hook")
     if "shuffle" in names and len(examples) == 1:
         raise MirageError("shuffle needs at least two examples")
+    kept = kept or (None if strict else Kept())
+    bad: dict[int, str] = {}
+
+    def refused(i: int, fault: MirageError) -> None:
+        bad[i] = str(fault)
+
+    tolerant = None if strict else refused
     targets: Sequence[Spans] = []
     if any(REPLACEMENTS[name].targets or REPLACEMENTS[name].matched for name in names):
-        targets = oracle_targets(vlm, examples, generation.latent_size)
-    results = {"self": evaluate(vlm, examples, replace(generation, return_latents=True), engine, progress, kept)}
+        targets = oracle_targets(vlm, examples, generation.latent_size, refused=tolerant)
+    _rule_out(kept, "self", bad)
+    own_generation = replace(generation, return_latents=True)
+    results = {"self": evaluate(vlm, examples, own_generation, engine, progress, kept, strict=strict)}
     own = [[s.latents.float() for s in each.trajectory.spans if s.latents is not None] for each in results["self"]]
     matched: Sequence[Spans] = []
     if any(REPLACEMENTS[name].matched for name in names):
-        matched = oracle_targets(vlm, examples, lengths=[[len(span) for span in spans] for spans in own])
+        lengths = [[len(span) for span in spans] for spans in own]
+        matched = oracle_targets(vlm, examples, lengths=lengths, refused=tolerant)
+    bad |= {i: each.error for i, each in enumerate(results["self"]) if each.error is not None}
     material = Material(own, targets, seed, matched)
     for name in names[1:]:
         if not any(own):
@@ -322,8 +268,22 @@ def replacement_test(
         kind = REPLACEMENTS[name]
         hook = None if kind.vector is None else _Hook(kind.vector(material))
         changed = replace(generation, latent_hook=hook, **kind.changes)
-        results[name] = evaluate(vlm, examples, changed, engine, progress, kept, name)
-    return results
+        _rule_out(kept, name, bad)
+        results[name] = evaluate(vlm, examples, changed, engine, progress, kept, name, strict)
+        bad |= {i: each.error for i, each in enumerate(results[name]) if each.error is not None and i not in bad}
+    if not bad:
+        return results
+    return {
+        name: [each.failed(bad[i]) if i in bad else each for i, each in enumerate(scored)]
+        for name, scored in results.items()
+    }
+
+
+def _rule_out(kept: Kept | None, name: str, bad: Mapping[int, str]) -> None:
+    """Let no example be decoded that is an error already."""
+    for i, reason in bad.items():
+        if kept is not None and (name, i) not in kept:
+            kept.fail(name, i, reason)
 
 
 def summarise_replacements(results: Mapping[str, Sequence[Scored]], seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -379,8 +339,3 @@ def _worse(row: Mapping[str, Any]) -> bool:
 def _points(row: Mapping[str, Any]) -> str:
     unsure = "" if _worse(row) or row["difference_ci95"][1] >= 0 else f", p = {row['difference_p']:.2f}"
     return f"{100 * row['difference']:+.1f} ({in_points(row['difference_ci95'])}{unsure})"
-
-
-def _label(example: Trajectory) -> str:
-    meta = example.meta
-    return str(meta["id"]) if "id" in meta else example.task or "no task"

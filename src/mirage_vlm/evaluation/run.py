@@ -22,10 +22,11 @@ from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.differences import differences
 from mirage_vlm.errors import MirageError
 from mirage_vlm.evaluation.compare import items, load_results
-from mirage_vlm.evaluation.evaluate import Scored, evaluate, summarise, write_json
+from mirage_vlm.evaluation.evaluate import Scored, evaluate, row_of, summarise, write_json
 from mirage_vlm.evaluation.hashes import data_sha256, examples_sha256, model_sha256
 from mirage_vlm.evaluation.kept import Kept
 from mirage_vlm.evaluation.plots import check_figure, replacement_bars
+from mirage_vlm.evaluation.refusals import refusals, told
 from mirage_vlm.evaluation.replace import replacement_test, summarise_replacements, verdict
 from mirage_vlm.formats import write_jsonl
 from mirage_vlm.modeling.bundled import resolve
@@ -69,6 +70,7 @@ class Settings:
         replacements: names for the replacement test, `self` first; empty where it is not run.
         seed: of noise, the shuffle and the bootstrap.
         pictures: `min_pixels` and `max_pixels` that the checkpoints are loaded with; None is the checkpoint's own.
+        strict: an example that cannot be decoded or scored ends the evaluation.
     """
 
     generation: GenerationConfig
@@ -76,6 +78,7 @@ class Settings:
     replacements: Sequence[str] = ()
     seed: int = 0
     pictures: Mapping[str, int | None] = field(default_factory=dict)
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -290,13 +293,25 @@ def _run(
     examples, names = run.source.examples, settings.replacements
     if kept.resumed and tell is not None:
         of = len(examples) * max(1, len(names))
-        tell(f"{run.partial}: goes on after {kept.resumed} of {of} responses")
+        failed = f", {kept.failed} of them failed (--restart tries all again)" if kept.failed else ""
+        tell(f"{run.partial}: goes on after {kept.resumed} of {of} responses{failed}")
+    refused = refusals(examples, vlm.encoder)
+    if refused and settings.strict:
+        raise MirageError(told(examples, refused).summary())
+    for i, faults in refused.items():
+        if ("self", i) not in kept:
+            kept.fail("self", i, str(faults[0]))
     generation = replace(settings.generation, return_latents=run.trajectories is not None and not names)
     if names:  # which keeps the latents of `self` by itself
-        replaced = replacement_test(vlm, examples, names, generation, settings.engine, progress, settings.seed, kept)
+        replaced = replacement_test(
+            vlm, examples, names, generation, settings.engine, progress, settings.seed, kept, settings.strict
+        )
         scored = replaced["self"]
     else:
-        replaced, scored = {}, evaluate(vlm, examples, generation, settings.engine, progress, kept)
+        replaced, scored = (
+            {},
+            evaluate(vlm, examples, generation, settings.engine, progress, kept, strict=settings.strict),
+        )
     seconds = (round(kept.seconds("self"), 2), round(earlier + time.perf_counter() - started, 2))
     results = _report(run, vlm, settings, known, scored, replaced, seconds)
     if run.trajectories is not None:
@@ -322,6 +337,11 @@ def _report(
         "model": run.model,
         "data": known["data"],
         **summarise(scored),
+        "failed": [
+            {"row": i + 1, "where": row_of(each.trajectory, i), "reason": each.error}
+            for i, each in enumerate(scored)
+            if each.error is not None
+        ],
         "seconds": seconds[0],
         "seconds_in_all": seconds[1],
         "generation": known["generation"],

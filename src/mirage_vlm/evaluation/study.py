@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,18 @@ from filelock import FileLock, Timeout
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig
 from mirage_vlm.errors import MirageError
+from mirage_vlm.evaluation.hashes import data_sha256
 from mirage_vlm.evaluation.replace import REPLACEMENTS, chosen
 from mirage_vlm.evaluation.run import Settings, Source, plan, run_all
+from mirage_vlm.formats import read_data
 from mirage_vlm.rl.run import run_recipe
 from mirage_vlm.settings import PATH, read_settings
-from mirage_vlm.tasks import get_task
+from mirage_vlm.tasks import from_record, get_task
 from mirage_vlm.tasks.make import DRAWN_AS, GeneratedDataset
 from mirage_vlm.training.checkpoints import METRICS_FILE, RECIPE_FILE
 from mirage_vlm.training.recipe import Recipe, load_recipe
 from mirage_vlm.training.run import FINAL
+from mirage_vlm.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from mirage_vlm.modeling import LatentVLM
@@ -50,21 +54,36 @@ class Taken(MirageError):
 
 @dataclass(frozen=True)
 class Test:
-    """What all rows are tested on: fresh held-out examples, the same for every row and seed.
+    """What all rows are tested on, the same for every row and seed: fresh held-out examples, or those of a data file.
 
     Attributes:
+        task, levels, n, seed: of what fresh examples are made; of a data file `n` alone, the first so many, 0 for all.
         max_new_tokens: most positions of a response.
         name: of a further test, in tables and files.
+        data: a data file in place of a task. A row's style words the plain maps in it; other prompts stay as they are.
     """
 
     __test__ = False  # not pytest's
 
-    task: str
-    levels: tuple[int, ...]
-    n: int
-    seed: int
+    task: str = ""
+    levels: tuple[int, ...] = ()
+    n: int = 0
+    seed: int | None = None
     max_new_tokens: int = 64
     name: str = ""
+    data: str = ""
+
+    def examples(self, style: str) -> Sequence[Trajectory]:
+        """Its examples, worded for a row of that style.
+
+        Raises:
+            MirageError: the data file cannot be read.
+        """
+        if self.data:
+            found = read_data(self.data, plain=partial(from_record, style=style))
+            return found[: self.n or None]
+        made = GeneratedDataset(self.task, self.levels, self.n, self.seed or 0, style, "test", drawn_as=DRAWN_AS)
+        return [made[i] for i in range(self.n)]
 
 
 @dataclass(frozen=True)
@@ -180,7 +199,20 @@ def load_study(path: str | Path) -> Study:
         key = f"also[{i}].name"
         require(re.fullmatch(r"[\w-]+", test.name) is not None, key, "give one, of letters, digits, - and _")
         require([t.name for t in study.also].count(test.name) == 1, key, f"{test.name!r} is there twice")
-    tasks = [get_task(test.task) for test in (study.test, *study.also)]
+    for key, test in (("test", study.test), *((f"also[{i}]", test) for i, test in enumerate(study.also))):
+        if test.data:
+            require(not test.task, f"{key}.task", "give either a task or data, a file")
+            require(
+                not test.levels and test.seed is None, key, "data has neither levels nor seed; only n, of its first"
+            )
+            require(test.n >= 0, f"{key}.n", "must not be negative")
+            require(Path(test.data).exists(), f"{key}.data", f"{test.data}: no such file or folder")
+        else:
+            lacking = [name for name in ("task", "levels") if not getattr(test, name)]
+            lacking += ["n"] if test.n < 1 else []
+            lacking += ["seed"] if test.seed is None else []
+            require(not lacking, key, f"missing {', '.join(lacking)} (or data, a file to test on)")
+    tasks = [get_task(test.task) for test in (study.test, *study.also) if not test.data]
     for name in study.figure:
         require(name in names, "figure", f"there is no row {name!r}")
     for i, row in enumerate(study.rows):
@@ -266,8 +298,7 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
     for test in missing:
         results = study.results(row, seed, test)
         tell(f"{results}: testing")
-        made = GeneratedDataset(test.task, test.levels, test.n, test.seed, row.style, "test", drawn_as=DRAWN_AS)
-        source = Source(_origin(row, test), [made[i] for i in range(test.n)])
+        source = Source(_origin(row, test), test.examples(row.style))
         settings = Settings(
             GenerationConfig(max_new_tokens=row.longest(test), evict_images=evicted),
             EngineConfig(),
@@ -278,6 +309,8 @@ def _run_row(study: Study, row: Row, seed: int, load: Callable[[str], LatentVLM]
 
 
 def _origin(row: Row, test: Test) -> dict[str, Any]:
+    if test.data:
+        return {"path": test.data, "style": row.style, "limit": test.n or None}
     return {"task": test.task, "levels": list(test.levels), "n": test.n, "seed": test.seed, "style": row.style}
 
 
@@ -305,6 +338,8 @@ def _load_done(row: Row, recipes: Sequence[Recipe], file: Path, test: Test) -> d
     results = json.loads(file.read_text(encoding="utf-8"))
     if results["data"] != _origin(row, test) or results["generation"]["max_new_tokens"] != row.longest(test):
         raise MirageError(f"{file}: is of another test than the study's; remove it to test anew")
+    if test.data and Path(test.data).exists() and results["sha256"]["data"] != data_sha256(Path(test.data)):
+        raise MirageError(f"{file}: {test.data} has changed since it was tested on; remove the results to test anew")
     if lacking := [name for name in _replacements(row, test) if name not in results.get("replacements", {})]:
         raise MirageError(f"{file}: has no {', '.join(lacking)} in the place of latents; remove it to test anew")
     return results

@@ -110,8 +110,10 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
         ]
     if study.summary:
         head += [study.summary.strip(), ""]
-    further = "".join(f"; {each.name}: {_about(each)}" for each in study.also)
     also = [{line.row.name: line for line in lines(study, each)} for each in study.also]
+    further = "".join(
+        f"; {each.name}: {_about(each, [*found.values()])}" for each, found in zip(study.also, also, strict=True)
+    )
     plans = any(line.optimal() is not None for line in done)
     think = any(line.latent_rate() > 0 for line in (*done, *chain.from_iterable(each.values() for each in also)))
     columns = _columns(study, "accuracy", ("latents",) if think else ())
@@ -121,10 +123,10 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     more += "; latents: the share of responses that consumed any" if think else ""
     parts = [
         *head,
-        f"Made by `{command}`. Test: {_about(test)}, the same for every row{further}. Accuracy in percent, the mean of "
-        f"the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row was trained "
-        f"with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a row "
-        "sees it, or how it is told in training what the picture shows.",
+        f"Made by `{command}`. Test: {_about(test, done)}, the same for every row{further}. Accuracy in percent, the "
+        f"mean of the seeds, with a 95 % interval over seeds and items; {ALONE}: over items alone, where a row was "
+        f"trained with one seed, so that the scatter of seeds is in none of its intervals{more}. Helper image: where a "
+        "row sees it, or how it is told in training what the picture shows.",
         *_cut(study, (done, *(each.values() for each in also))),
         "",
         _header("base", "row", "helper image", "seeds", "examples", "steps", "seconds", *columns),
@@ -144,7 +146,10 @@ def page(study: Study, command: str, picture: str | None = None) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _about(test: Test) -> str:
+def _about(test: Test, done: Sequence[Line]) -> str:
+    if test.data:
+        n = done[0].runs[0].results["n"] if done else "the"
+        return f"{n} examples of `{test.data}`"
     levels = ", ".join(map(str, test.levels))
     what = "maps of sides" if test.task.startswith("vsp-") else "examples of levels"
     return f"{test.n} held-out `{test.task}` {what} {levels}"
@@ -285,7 +290,8 @@ def figure(study: Study) -> Figure:
     axes.set_yticks(range(len(done)), [f"{line.row.base}: {line.row.name}" for line in done])
     axes.set_ylim(len(done) - 0.4, -0.6)
     axes.set_xlim(0, 108)
-    axes.set_xlabel(f"accuracy in %, {study.test.n} held-out examples")
+    of_file = _about(study.test, done) if study.test.data else ""
+    axes.set_xlabel(f"accuracy in %, {of_file or f'{study.test.n} held-out examples'}")
     axes.spines[["top", "right"]].set_visible(False)
     marks = [
         Line2D([], [], color=EMPTY, marker="o", linestyle="", label="best empty replacement of its latents"),

@@ -13,7 +13,7 @@ from mirage_vlm.trajectory import Decoding
 if TYPE_CHECKING:
     import torch
 
-FINISH_REASONS = ("stop", "length", "cancelled")
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
 NEVER = "-inf"  # log-probability of a replayed token that could not be, for which JSON has no number
 
 

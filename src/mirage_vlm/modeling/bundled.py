@@ -12,13 +12,18 @@ BUNDLED = "bundled"
 BUNDLED_BASE = "bundled-base"
 BUNDLED_TASKS = "bundled-tasks"
 
-_FOLDERS = {BUNDLED: "vsp-small", BUNDLED_BASE: "vsp-small-base", BUNDLED_TASKS: "tasks-small"}
+FOLDERS = {BUNDLED: "vsp-small", BUNDLED_BASE: "vsp-small-base", BUNDLED_TASKS: "tasks-small"}
+ABOUT = {
+    BUNDLED: "thinks about maps: vsp-planning, vsp-reasoning",
+    BUNDLED_BASE: "sees maps; its spans mean nothing yet: recipes start from it",
+    BUNDLED_TASKS: "jigsaw, sat and geometry in words; has not learnt to use latents",
+}
 
 
 def resolve(model: str) -> str:
     """A model name as a path: the package's own models by name, `~` as the home folder; anything else is left alone."""
-    if model in _FOLDERS:
-        return str(Path(__file__).parent.parent / "assets" / _FOLDERS[model])
+    if model in FOLDERS:
+        return str(Path(__file__).parent.parent / "assets" / FOLDERS[model])
     return os.path.expanduser(model)
 
 
@@ -37,7 +42,7 @@ def located(model: str | Path) -> str:
         return str(folder)
     if hub_name(name):
         return name
-    hint = f"; the package's own are {', '.join(_FOLDERS)}" if name.startswith(BUNDLED) else ""
+    hint = f"; the package's own are {', '.join(FOLDERS)}" if name.startswith(BUNDLED) else ""
     raise MirageError(f"{name or repr(name)}: no such folder, and no name of a model on the hub (owner/name){hint}")
 
 

@@ -22,6 +22,7 @@ PERMANENT = (401, 402, 404, 405)  # the same for every request: no key, no money
 AGAIN = (408, 409, 425, 429)  # and all of 500 and above
 LONGEST_BACKOFF = 60.0  # seconds
 TOLD_FROM = 3  # failures in a row of one request, from which on people hear of them
+FIRST_LOOK = 10.0  # seconds, most, to find out whether anybody is there
 OURS = ("model", "messages", "stream", "n")
 
 
@@ -169,6 +170,30 @@ class Endpoint:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+
+    async def reach(self) -> None:
+        """Find out, with one small request, whether anybody is there: nothing is gained by asking again and again.
+
+        Raises:
+            MirageError: the host is not known or does not listen, or does not speak the URL's protocol.
+        """
+        try:
+            async with asyncio.timeout(min(self.connection.timeout, FIRST_LOOK)):
+                await self._client.models.list()
+        except self._openai.APITimeoutError:
+            return  # it may be slow, or be waking up
+        except self._openai.APIConnectionError as fault:
+            cause = fault.__cause__ or fault
+            broken = type(cause).__name__ in ("RemoteProtocolError", "ReadError")  # words of no HTTP server
+            scheme = urlsplit(self.connection.url).scheme
+            other = {"http": "https", "https": "http"}[scheme]
+            hint = f"; is it {other}://, not {scheme}://?" if broken or "SSL" in str(cause) else ""
+            raise MirageError(
+                f"{self.connection.host}: no connection: {self._one_line(str(cause))}{hint}; --endpoint is the base "
+                "URL of a server that is running, such as http://localhost:8000/v1"
+            ) from fault
+        except (TimeoutError, self._openai.OpenAIError, ValueError):
+            return  # somebody is there; what it makes of a real request will be seen
 
     async def ask(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
         """One reply, after as many tries as it takes.

@@ -307,8 +307,11 @@ async def _all(
         for line in queue:
             finish(await _try(line, endpoint, rules, attempts))
 
-    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(lines)))]
+    workers: list[asyncio.Task[None]] = []
     try:
+        if lines:
+            await endpoint.reach()
+        workers += [asyncio.create_task(work()) for _ in range(min(concurrency, len(lines)))]
         await asyncio.gather(*workers)
     finally:
         for worker in workers:

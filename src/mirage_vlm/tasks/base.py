@@ -56,6 +56,8 @@ class Task(ABC):
     mixture: tuple[str, ...] = ("direct", "cot")  # of the style `mixed`
     sizes: range = range(2, MAX_SIDE + 1)  # levels that there are
     usual: tuple[int, ...] = (3, 4, 5, 6)  # where none are named
+    needs: tuple[str, ...] = ()  # details without which there is no prompt
+    mazes: bool = False  # its pictures are maps, which `mirage solve` brings to the usual size of a cell
 
     @abstractmethod
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
@@ -113,6 +115,10 @@ class Task(ABC):
             self.score(replace(trajectory, messages=trajectory.prompt, decoding=None))
         except MirageError as fault:
             yield Fault("meta", str(fault).removeprefix("cannot score: "))
+
+    def meaning(self, answer: str) -> str | None:
+        """What an answer stands for, such as `in a hole` for B; None where it says so itself."""
+        return None
 
     def check_style(self, style: str) -> None:
         """Refuse a style that this task does not have."""

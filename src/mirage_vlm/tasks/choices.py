@@ -91,6 +91,7 @@ class Choose(Task):
     """
 
     name = "choice"
+    needs = ("question",)
     sizes = range(1, 2)
     usual = (1,)
 

@@ -28,6 +28,7 @@ class Geometry(Task):
     """Four kinds of question, drawn at random and named in `meta["kind"]`; the figure is in `meta["figure"]`."""
 
     name = "geometry"
+    needs = ("question",)
     styles = ("direct", "cot", "words", "plain", "shown")
     sizes = range(1, 5)
     usual = (1, 2, 3, 4)

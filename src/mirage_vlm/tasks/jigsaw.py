@@ -130,6 +130,7 @@ class Jigsaw(Task):
     """
 
     styles = ("direct", "cot", "words", "plain", "shown")
+    needs = ("candidates",)
     sizes = range(1, len(DISTRACTORS) + 1)
     usual = tuple(sizes)
 
@@ -178,6 +179,9 @@ class Jigsaw(Task):
             raise MirageError(f"{self.name} needs two candidates, which are pictures")
         question = QUESTION + (STEP_BY_STEP if style in ("cot", "words") else "")
         return (user_turn(image, *candidates, *shown(style, details), question),)
+
+    def meaning(self, answer: str) -> str | None:
+        return CHOICES.get(answer)
 
     def key(self, trajectory: Trajectory) -> str:
         """The photo: all that is cut out of it stays on one side; so does the other photo of level 1."""

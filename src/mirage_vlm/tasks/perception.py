@@ -52,6 +52,7 @@ class Perception(Task):
     """
 
     name = "vsp-perception"
+    mazes = True
     styles = ("direct", "glimpse", "look")
     mixture = ("direct",)
 

@@ -30,6 +30,7 @@ class Sat(Task):
     """
 
     name = "sat"
+    needs = ("question", "choices")
     styles = ("direct", "cot", "words", "plain", "shown")
     sizes = range(1, 5)
     usual = (1, 2, 3, 4)

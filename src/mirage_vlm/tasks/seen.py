@@ -71,6 +71,7 @@ class Seen(Task):
     def __init__(self, task: Task, read: Reader, note: Noter | None = None, close: Noter | None = None):
         self.task, self.read, self.note, self.close = task, read, note, close
         self.name, self.sizes, self.usual = f"{task.name}-seen", task.sizes, task.usual
+        self.needs = task.needs
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
         self.check_style(style)
@@ -85,6 +86,9 @@ class Seen(Task):
     def prompt(self, image: Image, style: str = "direct", **details: Any) -> tuple[Message, ...]:
         self.check_style(style)
         return self.task.prompt(image, style, **details)
+
+    def meaning(self, answer: str) -> str | None:
+        return self.task.meaning(answer)
 
     def key(self, trajectory: Trajectory) -> str:
         return self.task.key(trajectory)

@@ -64,6 +64,7 @@ class Planning(Task):
     r"""`vsp-planning`: a fewest-moves plan in `\boxed{}`; the helper image has that path in red."""
 
     name = "vsp-planning"
+    mazes = True
     styles = STYLES + WAVES
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
@@ -141,6 +142,8 @@ class Reasoning(Task):
     """`vsp-reasoning`: where does a given plan end? The helper image has the elf half-way along it."""
 
     name = "vsp-reasoning"
+    mazes = True
+    needs = ("plan",)
     styles = STYLES
 
     def make(self, rng: random.Random, level: int, style: str = "direct", cell: int = 64) -> Trajectory:
@@ -186,6 +189,10 @@ class Reasoning(Task):
             yield Fault("meta.plan", "is missing; the answer is checked by walking it")
         elif parse_moves(str(plan)) is None:
             yield Fault("meta.plan", f"must be made of the moves L, R, U, D, not {plan!r:.60}")
+
+    def meaning(self, answer: str) -> str | None:
+        letter = _parse_option(answer)
+        return None if letter is None else _OPTION_WORDS[letter]
 
     def score(self, trajectory: Trajectory) -> Score:
         """Compared with the simulator's verdict on `meta`'s map and plan, never with `answer`."""

@@ -11,7 +11,7 @@ import torch
 
 from mirage_vlm.decoding import EngineConfig, GenerationConfig, generate
 from mirage_vlm.errors import MirageError
-from mirage_vlm.evaluation.replace import oracle_targets
+from mirage_vlm.evaluation.oracle import oracle_targets
 from mirage_vlm.modeling.decoder import run_decoder
 from mirage_vlm.training.rollout import Run, span_runs
 from mirage_vlm.training.visibility import blind_positions, mask_of

@@ -144,7 +144,7 @@ def draw(numbers: dict[str, Any], examples: Sequence[Example]) -> Figure:
         numbers: of `measure` for these examples.
     """
     shown = [i for i, example in enumerate(examples) if example.pictures][:SHOWN]
-    figure = new_figure(1.8 * len(shown), 4.2)
+    figure = new_figure(max(3.6 * len(shown), 6.0), 8.0)  # no narrower than its legend
     axes = figure.subplots(2, len(shown), squeeze=False)
     for column, i in enumerate(shown):
         example = examples[i]
@@ -154,8 +154,8 @@ def draw(numbers: dict[str, Any], examples: Sequence[Example]) -> Figure:
             _outline(axes[1][column], example.helpers[0], [entry["helper"][0] for entry in own])
         else:
             axes[1][column].set_axis_off()
-    axes[0][0].set_ylabel("prompt's picture", fontsize=9)
-    axes[1][0].set_ylabel("helper image", fontsize=9)
+    axes[0][0].set_ylabel("prompt's picture", fontsize=11)
+    axes[1][0].set_ylabel("helper image", fontsize=11)
     handles, labels = axes[0][0].get_legend_handles_labels()
     if len(labels) <= 12:
         figure.legend(
@@ -164,7 +164,7 @@ def draw(numbers: dict[str, Any], examples: Sequence[Example]) -> Figure:
             title="latent, nearest patch",
             ncols=6,
             loc="outside lower center",
-            fontsize=8,
+            fontsize=10,
             frameon=False,
         )
     return figure
@@ -173,6 +173,7 @@ def draw(numbers: dict[str, Any], examples: Sequence[Example]) -> Figure:
 def _outline(axes: Axes, picture: Picture, patches: Sequence[dict[str, Any]]) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import Normal, Stroke
 
     pixels = picture.image.load().resize((28 * picture.grid[1], 28 * picture.grid[0]))
     axes.imshow(pixels)
@@ -182,5 +183,10 @@ def _outline(axes: Axes, picture: Picture, patches: Sequence[dict[str, Any]]) ->
         inset = 1.5 + 12 * j / max(8, len(patches))  # several latents may have the same patch
         corner = (28 * patch["column"] + inset - 0.5, 28 * patch["row"] + inset - 0.5)
         side = 28 - 2 * inset
-        colour = colormaps["plasma"](0.9 * j / max(1, len(patches) - 1))
-        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=1.6, label=str(j + 1)))
+        colour = colormaps["plasma"](0.15 + 0.85 * j / max(1, len(patches) - 1))
+        box = Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=2.0, label=str(j + 1))
+        # a dark line in a light one, so that it is seen on any picture
+        box.set_path_effects(
+            [Stroke(linewidth=4.6, foreground="white"), Stroke(linewidth=3.4, foreground="black"), Normal()]
+        )
+        axes.add_patch(box)
