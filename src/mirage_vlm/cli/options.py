@@ -163,8 +163,7 @@ def open_sources(
         origin: dict[str, Any] = {"path": str(path), **({} if named is None else {"task": named})}
         origin |= {"style": style or "cot", "limit": limit}
         sources.append(Source(origin, [with_task(example, named) for example in examples]))
-    made_as = {task: style_of(task, style) for task in tasks} if named is None else {}
-    for task, written in made_as.items():
+    for task, written in [(task, style_of(task, style)) for task in tasks] if named is None else []:
         made = GeneratedDataset(task, levels, n, seed, written, "test")
         origin = {"task": task, "levels": list(made.levels), "n": n, "seed": seed, "style": written, "limit": limit}
         sources.append(Source(origin, [made[i] for i in range(len(made))][:limit]))
