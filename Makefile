@@ -19,6 +19,7 @@ setup: $(STAMP)  ## build .venv/ with the package (editable) and the development
 
 demo: $(STAMP)  ## solve a fresh map with the bundled model
 	@$(BIN)/mirage demo
+	@echo "The command is $(BIN)/mirage; 'source $(BIN)/activate' lets you say mirage. Next: mirage solve --help, mirage list."
 
 test: $(STAMP)  ## run the tests, without the slow ones, on all cores (at most 8); TESTS=tests/rl says which
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ALL) $(TESTS)
