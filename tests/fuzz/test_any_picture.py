@@ -15,7 +15,7 @@ from mirage_vlm.formats.faults import Fault
 from mirage_vlm.formats.pictures import from_bytes, picture_fault
 from mirage_vlm.trajectory import Image
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "JPEG": ("L", "RGB", "CMYK", "YCbCr"),

@@ -15,7 +15,7 @@ from mirage_vlm.errors import MirageError
 from mirage_vlm.training.recipe import Recipe, load_recipe
 
 FUZZ = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 SOUND = {
     "stage": "stage2",
