@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from mirage_vlm.cli.main import run
 from mirage_vlm.cli.options import load_model
 from mirage_vlm.tasks import get_task
 from mirage_vlm.tasks.base import boxed
@@ -140,6 +141,94 @@ def test_solve_takes_urls_and_limits(picture):
     assert "min_pixels is 9, above max_pixels, which is 8" in refusal(
         "solve", picture, "--min-pixels", 9, "--max-pixels", 8
     )
+
+
+@pytest.fixture
+def here(capsys):
+    """Runs a command line in this process, which spares the seconds of importing torch."""
+
+    def call(*arguments, code=0):
+        with pytest.raises(SystemExit) as end:
+            run([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        assert (end.value.code or 0) == code, shown.err
+        return shown.out if code == 0 else shown.err
+
+    return call
+
+
+def test_a_letter_is_said_with_what_it_stands_for(here, picture):
+    line = ["solve", picture, "--task", "vsp-reasoning", "--plan", "RD"]
+    assert here(*line).splitlines()[-1] == "B: in a hole"
+    found = json.loads(here(*line, "--json"))
+    assert found["answer"] == "B" and found["meaning"] == "in a hole"
+    assert "meaning" not in json.loads(here("solve", picture, "--json"))
+
+
+def test_a_response_that_was_cut_says_so(here, picture):
+    assert "⟦cut after 8 positions" in here("solve", picture, "--max-new-tokens", 8)
+    assert "cut after" not in here("solve", picture)
+
+
+def test_an_answer_is_not_wrapped_in_a_pipe(here, picture):
+    (line,) = here("solve", picture).splitlines()
+    assert len(line) > 100
+
+
+def test_several_pictures_or_none(here, picture):
+    asked = ["--question", "Which of them?", "--max-new-tokens", 6, "--json"]
+    for pictures in ([], [picture], [picture, picture, picture]):
+        assert json.loads(here("solve", *pictures, *asked))["finish_reason"] in ("stop", "length")
+    for pictures in ([], [picture, picture]):
+        (line,) = here("solve", *pictures, code=2).splitlines()
+        assert "asks about one picture" in line and "--question" in line
+    (line,) = here("solve", picture, "--task", "jigsaw", code=2).splitlines()
+    assert "3 pictures" in line
+    (line,) = here("solve", picture, "--task", "geometry", code=2).splitlines()
+    assert "--question" in line
+
+
+def test_the_pictures_of_a_demo_are_those_of_solve(here, tmp_path):
+    here("demo", "--task", "jigsaw", "--seed", 3, "--save", tmp_path / "j.png")
+    files = [tmp_path / name for name in ("j.png", "j-2.png", "j-3.png")]
+    found = json.loads(here("solve", *files, "--task", "jigsaw", "--json"))
+    assert found["model"] == "bundled-tasks" and found["meaning"].endswith(" image")
+
+
+@pytest.mark.parametrize("task", ["vsp-planning", "vsp-perception", "geometry", "jigsaw", "choice"])
+def test_a_plan_for_a_task_that_has_none_is_refused(here, picture, task):
+    (line,) = here("solve", picture, "--task", task, "--plan", "LUUR", code=2).splitlines()
+    assert f"{task} takes no plan" in line
+
+
+def test_a_plan_is_asked_for_by_its_option(here, picture):
+    (line,) = here("solve", picture, "--question", "Why?", "--plan", "LU", code=2).splitlines()
+    assert "--plan" in line and "--question" in line
+    assert "--plan LUUR" in here("solve", picture, "--task", "vsp-reasoning", code=2)
+
+
+@pytest.mark.parametrize(
+    "task", ["vsp-reasoning", "vsp-perception", "geometry", "jigsaw", "sat", "geometry-seen", "jigsaw-seen", "sat-seen"]
+)
+def test_a_demo_of_every_task(here, task):
+    shown = here("demo", "--task", task, "--seed", 3)
+    assert "question: " in shown and "response: " in shown and "--seed 3" in shown
+    assert "right: " in shown or "wrong: " in shown
+
+
+def test_a_demo_in_colour(here, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for task in ("vsp-planning", "sat"):
+        assert "▀" in here("demo", "--task", task, "--seed", 3)
+
+
+def test_what_cannot_be_shown_is_one_line(here):
+    (line,) = here("demo", "--task", "choice", code=2).splitlines()
+    assert "no generator" in line
+    (line,) = here("demo", "--task", "geometry", "--level", 9, code=2).splitlines()
+    assert "from 1 to 4" in line
+    (line,) = here("demo", "--style", "prose", code=2).splitlines()
+    assert "choose from direct, cot" in line
 
 
 def test_bad_pictures(tmp_path):

@@ -308,6 +308,45 @@ def test_what_is_wrong_is_named(folder, tmp_path, old, new, message):
         load_study(path)
 
 
+def test_a_test_may_be_a_data_file(folder, done, tmp_path):
+    """Its maps, worded in each row's style; a file that has changed is another test."""
+    data, maps = tmp_path / "maps.jsonl", ["SFF", "FHF", "FFG"]
+    data.write_text("".join(json.dumps({"level": 3, "id": i, "map": maps}) + "\n" for i in range(3)))
+    text = STUDY.format(folder=folder).replace(f"{folder}/study", f"{tmp_path}/study", 1)
+    also = f"also: [{{name: file, data: {data}, max_new_tokens: 24}}, {{name: two, data: {data}, n: 2}}]"
+    (tmp_path / "study.yaml").write_text(re.sub(r"also: .*", also, text))
+    study = load_study(tmp_path / "study.yaml")
+    row = study.row("base")
+    run_row(study, row, 1, load_model, lambda line: None)
+    results = json.loads(study.results(row, 1, study.also[0]).read_text())
+    assert results["n"] == 3 and results["data"] == {"path": str(data), "style": "plain", "limit": None}
+    assert json.loads(study.results(row, 1, study.also[1]).read_text())["n"] == 2
+    assert f"file: 3 examples of `{data}`" in page(study, "mirage study")
+    run_row(study, row, 1, load_model, lambda line: None)
+    data.write_text(data.read_text() + json.dumps({"level": 3, "id": 9, "map": maps}) + "\n")
+    with pytest.raises(MirageError, match="has changed since it was tested on"):
+        run_row(study, row, 1, load_model, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ("{data: nowhere.jsonl}", "test.data: nowhere.jsonl: no such file"),
+        ("{data: DATA, task: vsp-planning}", "test.task: give either a task or data"),
+        ("{data: DATA, seed: 3}", "test: data has neither levels nor seed"),
+        ("{data: DATA, n: -1}", "test.n: must not be negative"),
+        ("{task: vsp-planning}", "test: missing levels, n, seed"),
+        ("{}", "test: missing task, levels, n, seed"),
+    ],
+)
+def test_a_test_is_either_of_a_file_or_of_a_task(folder, tmp_path, test, message):
+    (tmp_path / "maps.jsonl").write_text("{}")
+    text = re.sub(r"\ntest: .*", "\ntest: " + test.replace("DATA", str(tmp_path / "maps.jsonl")), STUDY)
+    (tmp_path / "study.yaml").write_text(text.replace("{{", "{").replace("}}", "}").replace("{folder}", str(folder)))
+    with pytest.raises(MirageError, match=re.escape(message)):
+        load_study(tmp_path / "study.yaml")
+
+
 # -- intervals over seeds --------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import json
 import sys
+import time
 
 import pytest
 from scripted import Act, ScriptedEndpoint, refuses, right, says
@@ -169,6 +170,38 @@ def test_nobody_listens():
         pass
     with pytest.raises(NoReply, match="no reply in 3 tries, the last: no connection"):
         ask(server, tries=3)
+
+
+def reach(url):
+    """What the first look says of a URL."""
+
+    async def look():
+        endpoint = Endpoint(Connection(url, "model", timeout=5))
+        try:
+            await endpoint.reach()
+        finally:
+            await endpoint.close()
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [("http://127.0.0.1:9/v1", ""), ("http://no-such-host.invalid/v1", ""), ("https://127.0.0.1:{port}/v1", "http://")],
+)
+def test_nobody_there_is_told_at_once(url, hint):
+    began = time.monotonic()
+    with ScriptedEndpoint() as server:
+        port = server.url.rpartition(":")[2].partition("/")[0]
+        with pytest.raises(MirageError, match=f"no connection: .*{hint}.*--endpoint is the base URL"):
+            reach(url.format(port=port))
+    assert time.monotonic() - began < 15
+
+
+def test_whoever_answers_is_there():
+    with ScriptedEndpoint() as server:
+        reach(server.url)
+    assert not server.asked
 
 
 @pytest.mark.parametrize("status", [401, 402, 404, 405])

@@ -183,7 +183,8 @@ def _interval(ends: Sequence[float]) -> str:
 
 
 def _measures(results: dict[str, Any], where: str) -> Table:
-    table = new_table(f"{results['model']}{where}: {results['n']} examples in {results['seconds']:.1f} s")
+    examples = f"{results['n']} {'example' if results['n'] == 1 else 'examples'}"
+    table = new_table(f"{results['model']}{where}: {examples} in {results['seconds']:.1f} s")
     for heading in ("level", "n", "right %", "95 %", "optimal %", "latent %", "invalid %", "latents", "tokens"):
         table.add_column(heading, justify="right", no_wrap=heading == "95 %")
     groups = [results["by_level"], results.get("by_task", {}), {"all": results}]
