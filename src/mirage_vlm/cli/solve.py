@@ -170,7 +170,8 @@ def demo(
     chosen = get_task(task)
     seed = random.SystemRandom().randrange(1_000_000) if seed is None else seed
     if level is None:
-        level = DEMO_LEVEL if chosen.mazes else chosen.usual[0]
+        usual = DEMO_LEVEL if chosen.mazes else chosen.usual[0]
+        level = usual if usual in chosen.sizes else chosen.sizes[0]
     name = model or _bundled(task)
     written = style_of(task, style, _usual(name), mixed=False)
     example = GeneratedDataset(task, (level,), 1, seed, written, "test")[0]

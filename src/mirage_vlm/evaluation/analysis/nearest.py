@@ -176,7 +176,7 @@ def _outline(axes: Axes, picture: Picture, patches: Sequence[dict[str, Any]]) ->
     from matplotlib.patheffects import Normal, Stroke
 
     pixels = picture.image.load().resize((28 * picture.grid[1], 28 * picture.grid[0]))
-    axes.imshow(pixels)
+    axes.imshow(pixels, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     for j, patch in enumerate(patches):
