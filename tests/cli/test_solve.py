@@ -222,6 +222,25 @@ def test_a_demo_in_colour(here, monkeypatch):
         assert "▀" in here("demo", "--task", task, "--seed", 3)
 
 
+OWN = """
+from mirage_vlm.tasks.geometry import Geometry
+
+class Own(Geometry):
+    name = "figures_of_mine:OWN"
+    sizes = range(2, 3)
+    styles = ("direct", "plain")
+
+OWN = Own()
+"""
+
+
+def test_a_demo_of_ones_own_task(here, tmp_path, monkeypatch):
+    """Its only level and its first style are taken."""
+    (tmp_path / "figures_of_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "--seed 3" in here("demo", "--task", "figures_of_mine:OWN", "--seed", 3)
+
+
 def test_what_cannot_be_shown_is_one_line(here):
     (line,) = here("demo", "--task", "choice", code=2).splitlines()
     assert "no generator" in line
