@@ -123,3 +123,16 @@ class TestImage:
     def test_long_urls_are_shortened_in_messages(self):
         assert len(str(Image("data:" + "A" * 1000))) == 80
         assert str(Image(RED)) == "(in memory)"
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(3, "3"), (True, "true"), (0.5, "0.5"), (["a", 2], ("a", "2")), (("a",), "a"), ((), None), ([], None), ("A", "A")],
+)
+def test_an_answer_is_read_as_in_a_file(given, read):
+    assert Trajectory((user_turn("q"),), answer=given).answer == read
+
+
+def test_an_answer_that_is_none_is_named():
+    with pytest.raises(MirageError, match="an answer must be a text"):
+        Trajectory((user_turn("q"),), answer={"a": 1})

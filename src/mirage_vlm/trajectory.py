@@ -8,6 +8,7 @@ written by `mirage_vlm.formats`.
 from __future__ import annotations
 
 import http.client
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,6 +150,9 @@ class Trajectory:
     decoding: Decoding | None = None
     where: str | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer", _accepted(self.answer))
+
     @property
     def answers(self) -> tuple[str, ...]:
         """The accepted answers; none where no answer is known."""
@@ -189,6 +193,22 @@ class Trajectory:
 
 Part = Segment | pictures.Source
 """What a turn may be made of: segments, strings (text), and pictures that are given as they are."""
+
+
+def _accepted(answer: Any) -> str | tuple[str, ...] | None:
+    """An answer as people give it, as texts: numbers, true and false as JSON writes them; one of a list is that one."""
+    if isinstance(answer, list | tuple):
+        several = tuple(_said(each) for each in answer)
+        return several if len(several) > 1 else several[0] if several else None
+    return None if answer is None else _said(answer)
+
+
+def _said(answer: Any) -> str:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, bool | int | float):
+        return json.dumps(answer)
+    raise MirageError(f"an answer must be a text, a number, true or false, or a list of these, not {answer!r}")
 
 
 def user_turn(*parts: Part) -> Message:

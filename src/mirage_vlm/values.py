@@ -23,12 +23,12 @@ def whole(name: str, value: Any, least: int | None = None, most: int = INT64) ->
     Raises:
         MirageError: it is none, or out of bounds.
     """
+    if _is_truth(value):
+        raise MirageError(f"{name} must be a whole number, not {_shown(value)}")
     try:
         number = operator.index(value)
     except TypeError as fault:
         raise MirageError(f"{name} must be a whole number, not {_shown(value)}") from fault
-    if _is_truth(value):
-        raise MirageError(f"{name} must be a whole number, not {_shown(value)}")
     if least is not None and number < least:
         bounds = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
         raise MirageError(f"{name} must {bounds}: {number}")

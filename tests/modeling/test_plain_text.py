@@ -240,3 +240,10 @@ def test_latent_marks_in_texts_are_named(tmp_path):
     (example,) = read_data(tmp_path / "a.jsonl")
     assert list(latent_marks(example)) == [("messages[1].content", "<|latent_start|>")]
     assert list(latent_marks(dialogue(["Go"], [span(0, 1), "up"]))) == []
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_half_a_character_is_one_line(rich, role):
+    turns = [Message(role, (Text("a\ud800"),)), user_turn("Go")][: 2 if role == "system" else 1]
+    with pytest.raises(MirageError, match="half of a surrogate pair"):
+        rich.prompt(turns)

@@ -76,7 +76,9 @@ def solve(
     name = model or _bundled(task if question is None else "")
     written = style_of(task, style, _usual(name), mixed=False)
     if question is not None:
-        pictures = [Image(Image(path).load()) for path in images or ()]
+        pictures = [Image(path) for path in images or ()]
+        for picture in pictures:
+            picture.load()  # so that one that is none is told at once
         prompt: tuple[Message, ...] = (user_turn(*pictures, question),)
     else:
         prompt = _prompt(chosen, images or (), written, plan)

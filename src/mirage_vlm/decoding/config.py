@@ -11,6 +11,7 @@ import torch
 
 from mirage_vlm import values
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import text_fault
 from mirage_vlm.modeling.config import LONGEST_MARK, STOP_RULES, LatentConfig
 from mirage_vlm.values import INT64
 
@@ -122,7 +123,9 @@ class GenerationConfig:
         if self.span_after is not None:
             if not isinstance(self.span_after, str):
                 raise MirageError(f"span_after must be a text, not {self.span_after!r}")
-            if not 0 < len(self.span_after.encode(errors="replace")) <= LONGEST_MARK:
+            if message := text_fault(self.span_after):
+                raise MirageError(f"span_after {message}")
+            if not 0 < len(self.span_after.encode()) <= LONGEST_MARK:
                 raise MirageError(f"span_after must be a text of 1 to {LONGEST_MARK} bytes: {self.span_after!r}")
             if self.spans != "forced":
                 raise MirageError(

@@ -70,6 +70,8 @@ def responses(
         raise MirageError(f"got {len(seeds)} seeds for {n * len(prompts)} responses")
     was_training = vlm.training
     running = Engine(vlm, engine)
+    if config.spans == "forced":
+        running.marks.start(config.span_after)  # a wrong text is of the call, not of its first prompt
     submitted = 0
     taken: list[int] = []  # the prompt of each of the engine's requests
     if config.latent_hook is not None:

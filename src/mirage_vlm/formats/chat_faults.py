@@ -121,6 +121,10 @@ def _message_faults(message: Any, field: str, base: Path | None, check_files: bo
         yield Fault(field, f"must be an object with `role` and `content`, not {shown(message)}")
         return
     role, content = message.get("role"), message.get("content")
+    for key in ("image", "images", "image_url", "video", "videos"):
+        if message.get(key) not in (None, [], ""):
+            told = "is not read there; write a part of the content, or list pictures under `images` beside the messages"
+            yield Fault(f"{field}.{key}", told)
     if role not in ROLES:
         yield Fault(f"{field}.role", f"must be one of {', '.join(ROLES)}, not {shown(role)}")
     if isinstance(content, str):

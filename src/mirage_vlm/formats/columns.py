@@ -24,7 +24,13 @@ def place_columns(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault
         place there.
     """
     placed, names = dict(record), dict[str, str]()
-    found: list[Fault] = []
+    found = unread(record)
+    if placed.get("image") is not None:  # one picture, as beside a prompt
+        if placed.get("images") is not None:
+            found.append(Fault("image", "stands beside images; give one of the two"))
+        else:
+            single = placed["image"]
+            placed["images"] = single if isinstance(single, list) else [single]
     for column, kind, key in (("images", "image", "image"), ("helpers", "latent", "helper")):
         pictures = placed.pop(column, None)
         if pictures is not None and not isinstance(pictures, list):
@@ -39,6 +45,15 @@ def place_columns(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault
                 problem = f"lists {len(pictures)} for {places} {kind} parts without a {key} of their own"
                 found.append(Fault(column, problem))
     return placed, found, names
+
+
+def unread(record: Mapping[str, Any]) -> list[Fault]:
+    """What a record has beside its text that would be lost without a word."""
+    return [
+        Fault(key, "videos are not read; leave the example out, or give frames of it as pictures")
+        for key in ("video", "videos", "audio", "audios")
+        if record.get(key) not in (None, [], "")
+    ]
 
 
 def split_at_marks(text: str) -> Iterator[str | None]:

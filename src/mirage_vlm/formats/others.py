@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mirage_vlm.formats.columns import MARK
+from mirage_vlm.formats.columns import MARK, unread
 from mirage_vlm.formats.faults import Fault, shown
 
 _ROLES = {
@@ -56,7 +56,7 @@ class InChatForm:
 
 def from_conversations(record: Mapping[str, Any]) -> InChatForm:
     """A ShareGPT or LLaVA record in the chat form."""
-    found: list[Fault] = []
+    found = unread(record)
     names: dict[str, str] = {}
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
@@ -73,6 +73,11 @@ def from_conversations(record: Mapping[str, Any]) -> InChatForm:
         if not isinstance(turn, Mapping):
             found.append(Fault(place, f"must be an object with `from` and `value`, not {shown(turn)}"))
             continue
+        for key in ("image", "images", "video", "videos"):
+            if turn.get(key) not in (None, [], ""):
+                found.append(
+                    Fault(f"{place}.{key}", "is not read there; list pictures under `images` beside the turns")
+                )
         by, says = ("role" if turn.get("from") is None and "role" in turn else "from"), "value"
         says = next((key for key in ("value", "text", "content") if turn.get(key) is not None), says)
         role = turn.get(by)
@@ -95,7 +100,7 @@ def from_conversations(record: Mapping[str, Any]) -> InChatForm:
 
 def from_prompt(record: Mapping[str, Any]) -> InChatForm:
     """A record of TRL's prompt and completion in the chat form."""
-    found = [
+    found = unread(record) + [
         Fault(key, "a preference pair is not read; give the response to learn as `completion`")
         for key in _PAIRS
         if record.get(key) is not None

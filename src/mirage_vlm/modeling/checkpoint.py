@@ -22,6 +22,7 @@ from transformers.utils import logging
 from mirage_vlm.errors import MirageError
 from mirage_vlm.modeling.bundled import located
 from mirage_vlm.modeling.config import LATENT_TOKENS, LIMITS, LatentConfig
+from mirage_vlm.modeling.devices import choose_device
 from mirage_vlm.modeling.family import family_of
 from mirage_vlm.modeling.feedback import Feedback, same_weights
 from mirage_vlm.modeling.limits import check_agreement
@@ -74,6 +75,7 @@ class Pretrained(nn.Module):
                 are not numbers, or an option is unknown.
         """
         _check_options(latent)
+        home = None if device is None else choose_device(device)
         hf_config = read_config(path)
         saved = LatentConfig.read(hf_config, str(path))
         config = replace(saved, **latent)
@@ -99,7 +101,7 @@ class Pretrained(nn.Module):
             _load_part(vlm.feedback, path, FEEDBACK_FILE, f"feedback {config.feedback!r}")
         if config.pooling == saved.pooling:
             _load_part(vlm.pooling, path, POOLING_FILE, f"pooling {config.pooling!r}")
-        return vlm.to(device).eval() if device is not None else vlm.eval()
+        return vlm.eval() if home is None else vlm.to(home).eval()
 
     @classmethod
     def from_base(
@@ -123,8 +125,9 @@ class Pretrained(nn.Module):
                 option is unknown.
         """
         _check_options(latent)
+        home = None if device is None else choose_device(device)
         vlm = cls.with_latents(*_load_parts(path, read_config(path), dtype, attn), **latent)
-        return vlm.to(device).eval() if device is not None else vlm.eval()
+        return vlm.eval() if home is None else vlm.to(home).eval()
 
     @classmethod
     def with_latents(cls, model: Any, tokenizer: Any, image_processor: Any, **latent: Any) -> Self:

@@ -7,7 +7,7 @@ import torch
 from mirage_vlm.errors import MirageError
 
 
-def choose_device(wanted: str | None = None) -> torch.device:
+def choose_device(wanted: str | int | torch.device | None = None) -> torch.device:
     """The device of that name; by default CUDA where there is one, else the CPU.
 
     Raises:

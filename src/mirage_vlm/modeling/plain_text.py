@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mirage_vlm.errors import MirageError
+from mirage_vlm.formats.faults import text_fault
 from mirage_vlm.modeling.config import LATENT_TOKENS
 
 TURNS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -50,6 +51,9 @@ class PlainText:
             runs: texts; those that follow one another with nothing between them are in one list, since a control string
                 may not come about by joining them either.
         """
+        for text in (text for texts in runs for text in texts):
+            if message := text_fault(text):
+                raise MirageError(f"a text {message}")
         if self._pattern is None or not any(self._pattern.search("".join(texts)) for texts in runs):
             return Hidden([text for texts in runs for text in texts])
         used = {character for texts in runs for text in texts for character in text if ord(character) in _PRIVATE}
